@@ -1,0 +1,115 @@
+"""Who may look at whom, said once, and three ways to carry it out.
+
+    softmax(q k^T / sqrt(E) + mask) v          (Vaswani et al., 2017, equation 1)
+
+A ``Mask`` describes the pattern. ``attention(mask, ...)`` turns it into a function ``attend(q, k, v)`` that every layer
+of a forward pass then shares:
+
+    plain   the equation as it stands, for reading and for attention maps
+    sdpa    PyTorch's scaled_dot_product_attention (CPU, MPS, and the simple masks on CUDA)
+    flex    FlexAttention under torch.compile: one CUDA kernel, blocks that the mask empties are never computed
+
+Shapes: B batch, T positions, H query heads, K key/value heads, E width of a head.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The pattern of one forward pass.
+
+    causal     a query sees no key after it
+    offset     how many cached keys stand before the first query
+    documents  (B, T of the keys) number of the document at each position; documents do not see each other
+    branches   (B, T of the keys) within a document: 0 is a shared beginning that every branch sees,
+               positions of different branches above 0 do not see each other
+    """
+
+    causal: bool = True
+    offset: int = 0
+    documents: Tensor | None = None
+    branches: Tensor | None = None
+
+    def allows(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Whether query q of row b may look at key k: integer tensors that broadcast, so it serves the dense mask as
+        well as FlexAttention's mask_mod."""
+        q = q + self.offset
+        allowed = k <= q if self.causal else k >= 0
+        if self.documents is not None:
+            allowed = allowed & (self.documents[b, q] == self.documents[b, k])
+        if self.branches is not None:
+            branch = self.branches[b, k]
+            allowed = allowed & ((branch == 0) | (branch == self.branches[b, q]))
+        return allowed
+
+    def dense(self, batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
+        """(B or 1, 1, queries, keys) bool: the whole pattern written out."""
+        packed = self.documents is not None or self.branches is not None
+        b = torch.arange(batch if packed else 1, device=device).view(-1, 1, 1)
+        q = torch.arange(queries, device=device).view(1, -1, 1)
+        k = torch.arange(keys, device=device).view(1, 1, -1)
+        return self.allows(b, q, k).unsqueeze(1)
+
+
+def attention(mask: Mask, batch: int, queries: int, keys: int, device: torch.device, how: str | None = None) -> Attend:
+    """The function ``attend(q, k, v)`` that carries out ``mask``.
+
+    q is (B, H, queries, E), k and v are (B, K, keys, E) with K dividing H; the result is (B, H, queries, E).
+    ``how`` is "plain", "sdpa" or "flex"; None takes flex for packed rows on CUDA and sdpa everywhere else.
+    """
+    packed = mask.documents is not None or mask.branches is not None
+    if how is None:
+        how = "flex" if packed and torch.device(device).type == "cuda" and queries > 1 else "sdpa"
+    if how == "flex":
+        return flex(mask, batch, queries, keys, device)
+    if how == "plain":
+        return functools.partial(plain, mask.dense(batch, queries, keys, device))
+    everything = not packed and (not mask.causal or (queries == 1 and keys == mask.offset + 1))
+    if everything or (not packed and mask.causal and mask.offset == 0 and queries == keys):
+        return functools.partial(F.scaled_dot_product_attention, is_causal=not everything, enable_gqa=True)
+    dense = mask.dense(batch, queries, keys, device)
+    return functools.partial(F.scaled_dot_product_attention, attn_mask=dense, enable_gqa=True)
+
+
+def plain(allowed: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The equation itself. allowed is (B or 1, 1, queries, keys) bool."""
+    return attention_weights(allowed, q, k) @ repeat_heads(v, q)
+
+
+def attention_weights(allowed: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """(B, H, queries, keys): how much each query looks at each key; every row sums to one."""
+    scores = q @ repeat_heads(k, q).transpose(-2, -1) / math.sqrt(q.shape[-1])
+    return scores.masked_fill(~allowed, -math.inf).float().softmax(dim=-1).to(q.dtype)
+
+
+def repeat_heads(x: Tensor, q: Tensor) -> Tensor:
+    """(B, K, T, E) -> (B, H, T, E): each key/value head serves H/K neighbouring query heads."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def flex(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) -> Attend:
+    """FlexAttention with the mask as its mask_mod; compiled on CUDA, eager (forward only) elsewhere."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    on_cuda = torch.device(device).type == "cuda"
+    blocks = create_block_mask(
+        lambda b, h, q, k: mask.allows(b, q, k), B=batch, H=None, Q_LEN=queries, KV_LEN=keys, device=str(device)
+    )
+    kernel = compiled(flex_attention) if on_cuda else flex_attention
+    return functools.partial(kernel, block_mask=blocks, enable_gqa=True)
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """torch.compile, once for each function: block masks change from batch to batch, the kernel does not."""
+    return torch.compile(function, dynamic=True)

@@ -1,0 +1,160 @@
+"""config.json, as the official classes write it, to and from the dataclasses that the modules take.
+
+Our own folders use the official field names. A field that is absent has the default of the class that wrote the file; a
+value that would change what the network computes, and is not implemented here, is refused by name.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from nanollava.conversation import TEMPLATES
+from nanollava.error import Error
+from nanollava.llama import LlamaConfig
+from nanollava.llava import LlavaConfig
+from nanollava.vit import VisionConfig
+
+Config = TypeVar("Config", VisionConfig, LlamaConfig)
+
+
+# ---------------------------------------------------------------- in
+
+
+def check_kind(config: dict, file: Path, *kinds: str) -> None:
+    """Raises Error where the model_type of a config is none of those that a loader reads."""
+    kind = required(config, file, "model_type")
+    if kind not in kinds:
+        raise Error(f'{file}: model_type is "{kind}", expected {" or ".join(kinds)}; give another folder')
+    if "llava" in kinds and "text_config" in config:
+        raise Error(f"{file}: the layout of llava-hf (text_config) is not read; give the official one of liuhaotian")
+
+
+def required(config: dict, file: Path, name: str) -> Any:
+    """A field for which there is no default."""
+    if config.get(name) is None:
+        raise Error(f'{file}: the field "{name}" is missing and has no default; add it')
+    return config[name]
+
+
+def vision_config(config: dict, file: Path) -> VisionConfig:
+    """The fields of CLIPVisionConfig."""
+    sizes = _sizes(VisionConfig, config, file)
+    _supported(config, file, hidden_act="quick_gelu", num_channels=3)
+    _divides(sizes, file, "hidden_size", "num_attention_heads")
+    return sizes
+
+
+def language_config(config: dict, file: Path) -> LlamaConfig:
+    """The fields of LlamaConfig, with rope_theta in its old place or in the newer rope_parameters."""
+    _supported(config, file, hidden_act="silu", attention_bias=False, mlp_bias=False)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise Error(f"{file}: rope_parameters is {rope!r}, expected an object")
+    _supported(rope, file, rope_type="default", type="default")
+    sizes = _sizes(LlamaConfig, {"rope_theta": rope.get("rope_theta"), **config}, file)
+    if config.get("head_dim") is None:
+        _divides(sizes, file, "hidden_size", "num_attention_heads")
+    _divides(sizes, file, "num_attention_heads", "num_key_value_heads")
+    return sizes
+
+
+def llava_config(config: dict, file: Path, vision: VisionConfig) -> LlavaConfig:
+    """LLaVA's own fields around those of its two parts; `vision` is the tower's, wherever that comes from."""
+    _supported(config, file, mm_vision_select_feature="patch", mm_use_im_start_end=False)
+    if config.get("mm_hidden_size") not in (None, vision.hidden_size):
+        raise Error(
+            f"{file}: mm_hidden_size is {config['mm_hidden_size']}, but the image tower is {vision.hidden_size} wide; "
+            "give the tower that mm_vision_tower names"
+        )
+    layer, layers = required(config, file, "mm_vision_select_layer"), vision.num_hidden_layers
+    if layer not in range(-layers - 1, layers + 1):
+        raise Error(f'{file}: the field "mm_vision_select_layer" is {layer!r}, but the tower has {layers} layers')
+    aspect = _choice(config, file, "image_aspect_ratio", "crop", "square", "pad")  # square: an official word for crop
+    return LlavaConfig(
+        vision=vision,
+        language=language_config(config, file),
+        projector_type=_choice(config, file, "mm_projector_type", "linear", "mlp2x_gelu"),
+        select_layer=layer,
+        image_aspect_ratio="pad" if aspect == "pad" else "crop",
+        template=_choice(config, file, "template", "vicuna_v1", *TEMPLATES),
+        max_length=_value({"tokenizer_model_max_length": 2048, **config}, file, "tokenizer_model_max_length", int),
+        stage=_choice(config, file, "stage", "", "stage1", "stage2"),
+    )
+
+
+def _sizes(kind: type[Config], config: Any, file: Path) -> Config:
+    """The fields of a config class out of a JSON object."""
+    if not isinstance(config, dict):
+        raise Error(f"{file}: {config!r} where an object with sizes was expected")
+    types = {field.name: field.type for field in dataclasses.fields(kind) if config.get(field.name) is not None}
+    return kind(**{name: _value(config, file, name, type_) for name, type_ in types.items()})
+
+
+def _value(config: dict, file: Path, name: str, kind: Any) -> Any:
+    """A field that is there, found to be a positive number, or true or false where `kind` is bool."""
+    value, numbers = config[name], (int, float) if kind is float else (int,)
+    if kind is bool and not isinstance(value, bool):
+        raise Error(f'{file}: the field "{name}" is {value!r}, expected true or false')
+    if kind is not bool and (not isinstance(value, numbers) or isinstance(value, bool) or value <= 0):
+        raise Error(f'{file}: the field "{name}" is {value!r}, expected a positive number')
+    return value
+
+
+def _supported(config: dict, file: Path, **fields: Any) -> None:
+    """Raises Error for a field that has another value than the one implemented here."""
+    for name, value in fields.items():
+        if config.get(name) not in (None, value):
+            raise Error(f'{file}: the field "{name}" is {config[name]!r}; only {value!r} is supported')
+
+
+def _divides(sizes: Config, file: Path, whole: str, part: str) -> None:
+    if getattr(sizes, whole) % getattr(sizes, part):
+        raise Error(f"{file}: {whole} {getattr(sizes, whole)} is not a multiple of {part} {getattr(sizes, part)}")
+
+
+def _choice(config: dict, file: Path, name: str, default: str, *others: str) -> str:
+    """A field with a few possible values, of which the first is what its absence means."""
+    value = default if config.get(name) is None else config[name]
+    if value not in (default, *others):
+        choices = ", ".join(dict.fromkeys(choice for choice in (default, *others) if choice))
+        raise Error(f'{file}: the field "{name}" is {value!r}, expected one of: {choices}')
+    return value
+
+
+# ---------------------------------------------------------------- out
+
+
+def vision_fields(config: VisionConfig) -> dict:
+    """config.json of an image tower, as CLIPVisionConfig writes it."""
+    kind = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
+    return {**kind, **dataclasses.asdict(config), "hidden_act": "quick_gelu", "num_channels": 3}
+
+
+def language_fields(config: LlamaConfig, dtype: torch.dtype) -> dict:
+    """config.json of a decoder, as LlamaConfig writes it."""
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    fixed = {"hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
+    return {**kind, **dataclasses.asdict(config), **fixed, "torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def llava_fields(config: LlavaConfig, dtype: torch.dtype) -> dict:
+    """config.json of a LLaVA: the official fields of v1.5, and three of ours (vision_config, template, stage)."""
+    return {
+        **language_fields(config.language, dtype),
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "vision_config": vision_fields(config.vision),
+        "mm_hidden_size": config.vision.hidden_size,
+        "mm_projector_type": config.projector_type,
+        "mm_vision_select_layer": config.select_layer,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": config.image_aspect_ratio,
+        "tokenizer_model_max_length": config.max_length,
+        "tokenizer_padding_side": "right",
+        "template": config.template,
+        "stage": config.stage,
+    }

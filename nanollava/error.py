@@ -1,0 +1,5 @@
+"""The one exception that says what a user did wrong."""
+
+
+class Error(Exception):
+    """Bad input, in one line: the file, the field and the remedy. The command lines print it and exit with status 2."""

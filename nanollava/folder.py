@@ -1,0 +1,214 @@
+"""The files of a checkpoint folder: JSON, tensors whole or in shards, and the replacement of a folder in one step.
+
+Nothing here knows what the tensors mean; that is checkpoint.py. They are read with safetensors or, from official .bin
+files, with torch.load(weights_only=True), which builds tensors and runs no code.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nanollava.error import Error
+
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that git cloned without its contents
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises Error where it is missing, broken or no object."""
+    if not file.parent.is_dir():
+        raise Error(f"{file.parent}: no such folder; check the path")
+    if not file.is_file():
+        raise Error(f"{file}: no such file; a checkpoint folder needs it, is the download complete?")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Error(f"{file}: cannot be read as JSON ({first_line(error)}); download or write it again") from error
+    if not isinstance(content, dict):
+        raise Error(f"{file}: holds a {type(content).__name__}, expected an object {{...}}")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The one file of weights in a folder, or its shards. Raises Error where there are none, or a shard is missing."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (folder / f"{name}.index.json").is_file():
+            return _shards(folder / f"{name}.index.json")
+    raise Error(
+        f"{folder}: no weights in it: expected model.safetensors or pytorch_model.bin, whole or in shards with their "
+        "index; is the download complete?"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, in order."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise Error(f'{index}: the field "weight_map" must map each tensor to its file; download it again')
+    files = [index.parent / name for name in sorted(set(names.values()))]
+    if outside := [file for file in files if file.parent != index.parent or file.name in ("", "..")]:
+        raise Error(f"{index}: names a file outside its folder, {outside[0]}; refused")
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise Error(f"{index}: {some(missing)} of {len(files)} shards missing; download the rest")
+    return files
+
+
+def shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor in a file, without reading the tensors."""
+    with _opened(file) as tensors:
+        if isinstance(tensors, dict):
+            return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and contents of each tensor in a file, one at a time. They live in the file: copy what is to stay."""
+    with _opened(file) as stored:
+        for name in list(stored.keys()):
+            yield name, stored[name] if isinstance(stored, dict) else stored.get_tensor(name)
+
+
+@contextmanager
+def _opened(file: Path):
+    """A file of tensors: a dictionary for .bin, a safetensors handle otherwise. Whatever is wrong with it: Error."""
+    try:
+        with file.open("rb") as raw:
+            start = raw.read(len(LFS_POINTER))
+        if not start:
+            raise Error(f"{file}: an empty file (0 bytes); download it again")
+        if start == LFS_POINTER:
+            raise Error(f"{file}: a git-lfs pointer, not the weights themselves; run git lfs pull or download the file")
+        if file.suffix == ".bin":
+            yield _load_bin(file)
+        else:
+            with safe_open(file, framework="pt") as handle:
+                yield handle
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise Error(f"{file}: damaged or incomplete ({first_line(error)}); download it again") from error
+
+
+def _load_bin(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file by torch.save; memory-mapped, so that only what is used is read."""
+    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise Error(f"{file}: expected a dictionary of tensors; is it a file of weights?")
+    return content
+
+
+# ---------------------------------------------------------------- writing
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder to write into; when the block ends well it becomes `path`, in place of the folder there before.
+
+        with atomic_folder("runs/stage1/checkpoint") as folder:
+            ...  # write all files into `folder`
+
+    The new folder is `.NAME.saving` beside `path`, flushed to the disk before it gets its name; the old one steps aside
+    as `.NAME.previous` and is deleted last. So a kill or a full disk at any moment leaves a whole one: `path`, or, when
+    it came between the two renames, both hidden ones. `last_good` finds it, the next `atomic_folder` puts it in place.
+    Raises Error where the disk is full or refuses, and where `path` holds something that is no checkpoint.
+    """
+    path = Path(path).resolve()
+    new, old = _siblings(path)
+    _check_replaceable(path)
+    try:
+        _repair(path)
+        new.mkdir(parents=True)
+        yield new
+        _flush(new)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        _flush_directory(path.parent)
+    except Error as error:
+        raise Error(f"{path}: not saved, {error}") from error
+    except Exception as error:
+        if not _from_the_disk(error):
+            raise
+        raise Error(
+            f"{path}: cannot be saved ({first_line(error)}); what stood there is intact: free some space or choose "
+            "another folder"
+        ) from error
+    finally:
+        _repair(path)
+
+
+def last_good(path: str | Path) -> Path:
+    """Where the folder that `atomic_folder(path)` last completed is: nearly always `path` itself. Changes nothing."""
+    new, old = _siblings(Path(path).resolve())
+    if Path(path).exists() or not old.exists():
+        return Path(path)
+    return new if new.exists() else old
+
+
+def _siblings(path: Path) -> tuple[Path, Path]:
+    """What a folder is called while it is written, and while it is being replaced."""
+    return path.with_name(f".{path.name}.saving"), path.with_name(f".{path.name}.previous")
+
+
+def _repair(path: Path) -> None:
+    """Finish or undo what an interrupted save left: a missing folder gets its place back, leftovers go."""
+    new, old = _siblings(path)
+    if not path.exists() and old.exists():  # stopped between the renames: the new one was already whole
+        last_good(path).rename(path)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Saving replaces a folder whole, so it must be a checkpoint, empty, or not there."""
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise Error(f"{path}: holds other files than a checkpoint, which saving would delete; choose another folder")
+    if path.exists() and not path.is_dir():
+        raise Error(f"{path}: is a file; choose another name for the folder")
+
+
+def _flush(folder: Path) -> None:
+    """Have everything in a folder on the disk itself, not only in the system's memory."""
+    for item in sorted(folder.rglob("*")):
+        if item.is_file():
+            with item.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _flush_directory(item)
+    _flush_directory(folder)
+
+
+def _flush_directory(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _from_the_disk(error: Exception) -> bool:
+    """Whether writing failed: Python, safetensors and torch.save each have their own way of saying so."""
+    return isinstance(error, OSError | SafetensorError) or "inline_container" in str(error)
+
+
+# ---------------------------------------------------------------- wording
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def some(names: list[str], shown: int = 10) -> str:
+    """How many there are, and the first few: "12 (a, b, c, ...)"."""
+    return f"{len(names)} ({', '.join(names[:shown])}{', ...' if len(names) > shown else ''})"

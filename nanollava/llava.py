@@ -1,0 +1,146 @@
+"""LLaVA: a vision tower, a projector and a language model joined (LLaVA section 4.1, figure 1).
+
+    H_v = W g(X_v);  the image tokens H_v take the place of <image> among the word embeddings H_q
+
+Shapes: B batch, M images, S image side, N patches, C vision width, D language width, T positions, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanollava.attention import Mask
+from nanollava.conversation import IGNORE
+from nanollava.error import Error
+from nanollava.llama import Llama, LlamaConfig
+from nanollava.projector import make_projector
+from nanollava.tokenizer import IMAGE_TOKEN_ID, Tokenizer
+from nanollava.vit import VisionConfig, VisionTransformer
+
+NO_FEATURE = -1
+
+
+@dataclass
+class LlavaConfig:
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    language: LlamaConfig = field(default_factory=LlamaConfig)
+    projector_type: str = "linear"  # "linear" (the paper) or "mlp2x_gelu" (v1.5)
+    select_layer: int = -2  # which hidden state of the tower is the feature
+    image_aspect_ratio: str = "crop"  # "crop" (the paper) or "pad" (v1.5): how a picture becomes a square
+    template: str = "vicuna_v1"  # the conversation template that the weights were trained with
+    max_length: int = 2048  # positions after splicing; what is longer is cut
+    stage: str = ""  # which stage made the weights: "stage1", "stage2", or unknown
+
+
+class Spliced(NamedTuple):
+    """A sequence with every <image> widened to N positions. All three lists have one entry for each position."""
+
+    token_ids: list[int]  # IMAGE_TOKEN_ID at image positions
+    labels: list[int]  # IGNORE at image positions
+    features: list[int]  # image * N + patch at image positions, NO_FEATURE elsewhere
+
+
+def splice(token_ids: list[int], labels: list[int], num_patches: int, max_length: int | None = None) -> Spliced:
+    """Widen every <image> placeholder to its N patches and only then cut to ``max_length`` positions.
+
+    The images of a sequence are numbered from 0 in reading order.
+    """
+    out, image = Spliced([], [], []), 0
+    for token, label in zip(token_ids, labels, strict=True):
+        if token == IMAGE_TOKEN_ID:
+            out.token_ids.extend([IMAGE_TOKEN_ID] * num_patches)
+            out.labels.extend([IGNORE] * num_patches)
+            out.features.extend(range(image * num_patches, (image + 1) * num_patches))
+            image += 1
+        else:
+            out.token_ids.append(token)
+            out.labels.append(label)
+            out.features.append(NO_FEATURE)
+    return Spliced(*(column[:max_length] for column in out))
+
+
+def pad(rows: list[list[int]], value: int, length: int | None = None) -> Tensor:
+    """Lists of different lengths -> (B, T) with ``value`` behind the shorter ones."""
+    length = max(map(len, rows)) if length is None else length
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+
+@dataclass
+class Batch:
+    """Packed rows, ready for one forward pass. A row holds documents; a document may hold a shared beginning (branch
+    0) and branches behind it that do not see each other. All but ``pixels`` are (B, T)."""
+
+    token_ids: Tensor
+    labels: Tensor  # IGNORE where a position is not to be predicted
+    features: Tensor  # as in Spliced, images numbered through the whole batch
+    positions: Tensor  # as if every branch stood alone behind its shared beginning
+    documents: Tensor  # -1 is padding
+    branches: Tensor
+    pixels: Tensor | None  # (M, 3, S, S)
+
+    def to(self, device: torch.device) -> "Batch":
+        move = lambda x: x if x is None else x.to(device, non_blocking=True)  # noqa: E731
+        return Batch(**{name: move(value) for name, value in vars(self).items()})
+
+
+class Llava(nn.Module):
+    def __init__(self, config: LlavaConfig, tokenizer: Tokenizer | None = None):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.vision = VisionTransformer(config.vision)
+        self.projector = make_projector(config.projector_type, config.vision.hidden_size, config.language.hidden_size)
+        self.language = Llama(config.language)
+
+    @property
+    def device(self) -> torch.device:
+        return self.language.embed_tokens.weight.device
+
+    def image_tokens(self, pixels: Tensor) -> Tensor:
+        """(M, 3, S, S) -> (M, N, D)."""
+        features = self.vision(pixels.to(self.vision.pre_layrnorm.weight.dtype), self.config.select_layer)
+        return self.projector(features.to(next(self.projector.parameters()).dtype))
+
+    def embed(self, token_ids: Tensor, features: Tensor, pixels: Tensor | None) -> Tensor:
+        """(B, T) spliced ids and feature numbers, (M, 3, S, S) -> (B, T, D): words and image tokens in one sequence."""
+        words = self.language.embed_tokens(token_ids.clamp(min=0))
+        where = features != NO_FEATURE
+        if pixels is None or not where.any():
+            return words
+        image_tokens = self.image_tokens(pixels).flatten(0, 1)  # (M, N, D) -> (M N, D)
+        return words.index_put((where,), image_tokens[features[where]].to(words.dtype))
+
+    def forward(self, token_ids: Tensor, pixels: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """(B, T) ids with -200 for each image, (M, 3, S, S) images in reading order -> (B, T', V) logits.
+
+        Rows of different lengths are padded on the right and come with ``lengths`` (B,). T' counts N positions for each
+        image. Raises Error where the number of placeholders is not M.
+        """
+        spliced_ids, features = self.splice_rows(token_ids, 0 if pixels is None else len(pixels), lengths)
+        return self.language.lm_head(self.language.hidden(self.embed(spliced_ids, features, pixels)))
+
+    def splice_rows(self, token_ids: Tensor, images: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, T) ids -> (B, T') spliced ids and feature numbers, images counted through the rows."""
+        placeholders = 0
+        ids, features = [], []
+        for i, row in enumerate(token_ids.tolist()):
+            row = row if lengths is None else row[: lengths[i]]
+            spliced = splice(row, row, self.config.vision.num_patches, self.config.max_length)
+            ids.append(spliced.token_ids)
+            first = placeholders * self.config.vision.num_patches
+            features.append([f if f == NO_FEATURE else f + first for f in spliced.features])
+            placeholders += row.count(IMAGE_TOKEN_ID)
+        if placeholders != images:
+            raise Error(f"the text has {placeholders} <image> placeholders but {images} images were given")
+        return pad(ids, 0).to(token_ids.device), pad(features, NO_FEATURE).to(token_ids.device)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Summed cross-entropy of all target tokens (equation 2); divide by their number over the whole step."""
+        mask = Mask(documents=batch.documents, branches=batch.branches)
+        x = self.embed(batch.token_ids, batch.features, batch.pixels)
+        hidden = self.language.hidden(x, batch.positions, mask)
+        targets = batch.labels[:, 1:]
+        counted = targets != IGNORE  # the head is the widest product of a small model: only where it is needed
+        return F.cross_entropy(self.language.lm_head(hidden[:, :-1][counted]).float(), targets[counted], reduction="sum")

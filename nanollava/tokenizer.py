@@ -1,0 +1,113 @@
+"""Text becomes token ids: a SentencePiece model, as LLaMA and Vicuna use it.
+
+Two spacings exist. SentencePiece puts a space in front of what it is given, so that "cat" at the start of a text is the
+same piece as " cat" inside it. Tokenizers marked `legacy` did so again behind every special token; newer ones do not.
+After `</s>` the word "USER" is therefore two pieces (space-US, ER) in the first kind and one (USER) in the second, and
+a model must be given what it was trained on.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from nanollava.error import Error
+
+IMAGE_TOKEN = "<image>"  # what a user writes where an image belongs
+IMAGE_TOKEN_ID = -200  # what stands there among the token ids; no row of the embedding has this number
+
+# Two serialized protobuf messages in a row are one merged message, so these four bytes behind a model file
+# set its `normalizer_spec.add_dummy_prefix` to false.
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class Tokenizer:
+    """A SentencePiece model with LLaMA's special tokens: `<unk>`, `<s>` (begin) and `</s>` (end).
+
+    file: path of a `tokenizer.model`.
+    legacy: whether text behind a special token gets the space in front again; see the top of this file.
+    Raises Error when the file is missing, empty, no SentencePiece model, or one without begin and end tokens.
+    """
+
+    def __init__(self, file: str | Path, legacy: bool = True):
+        self.file = Path(file)
+        self.legacy = legacy
+        model = _read_model(self.file)
+        self._spaced = _parse_model(self.file, model)
+        self._unspaced = _parse_model(self.file, model + NO_DUMMY_PREFIX)
+        self.bos_id = self._spaced.bos_id()
+        self.eos_id = self._spaced.eos_id()
+        self.pad_id = self._spaced.unk_id()  # LLaMA has no padding token: `<unk>`, id 0, takes its place
+        self.vocab_size = self._spaced.vocab_size()
+        # SentencePiece reports a special token only when no text can produce it, which is what keeps turns unforgeable.
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise Error(f"{self.file}: no control tokens <s> and </s> in it; give a LLaMA-style tokenizer.model")
+
+    def encode(self, text: str, bos: bool = True, prefix: bool = True) -> list[int]:
+        """Token ids of a text. Whatever looks like a special token or an image mark in it is plain text.
+
+        bos: put the begin token in front.
+        prefix: put the usual space in front of the text; False where the text goes on from what stands before it.
+        """
+        processor = self._spaced if prefix else self._unspaced
+        ids = processor.encode(_valid_unicode(text))
+        return [self.bos_id, *ids] if bos else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids. Begin, end, padding and image tokens, and rows behind the vocabulary, give no text.
+
+        Bytes that are not (or not yet) a whole character become U+FFFD.
+        """
+        silent = {self.bos_id, self.eos_id, self.pad_id}
+        return self._spaced.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in silent])
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder: `tokenizer.model`, and `legacy` from `tokenizer_config.json`.
+
+    Without that second file, or that field in it, the old spacing (legacy) holds.
+    Raises Error when the folder or the model is missing or broken, or the config is not what it should be.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise Error(f"{folder}: no such folder; give one that holds a tokenizer.model")
+    return Tokenizer(folder / "tokenizer.model", legacy=_legacy_flag(folder / "tokenizer_config.json"))
+
+
+def _legacy_flag(file: Path) -> bool:
+    """The field `legacy` of a tokenizer_config.json; True where the file or the field is absent or null."""
+    if not file.exists():
+        return True
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Error(f"{file}: cannot be read as JSON ({error})") from error
+    legacy = config.get("legacy") if isinstance(config, dict) else config
+    if legacy is not None and not isinstance(legacy, bool):
+        raise Error(f"{file}: expected an object whose field legacy is true or false")
+    return legacy is not False
+
+
+def _read_model(file: Path) -> bytes:
+    """The bytes of a model file."""
+    try:
+        model = file.read_bytes()
+    except OSError as error:
+        raise Error(f"{file}: cannot be read ({error.strerror}); put a tokenizer.model there") from error
+    if not model:
+        raise Error(f"{file}: the file is empty; download or copy it again")
+    return model
+
+
+def _parse_model(file: Path, model: bytes) -> SentencePieceProcessor:
+    """A SentencePiece processor from the bytes of its model."""
+    try:
+        return SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, OSError) as error:
+        raise Error(f"{file}: not a SentencePiece model, or damaged; download or copy it again") from error
+
+
+def _valid_unicode(text: str) -> str:
+    """The text with halves of surrogate pairs (JSON can hold them) joined, or U+FFFD where one is missing."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,0 +1,232 @@
+"""Records in the official format become packed batches (LLaVA section 4.2).
+
+    JSON file -> checked records -> examples (ids, labels, images) -> documents -> rows of at most max_length positions
+
+Nothing is padded that can be packed: short documents share a row and do not see each other. Records about the same
+image can share one copy of it (``by_image``): the tokens that they begin with become the document's shared beginning,
+each record a branch behind it. The loss is that of the records one by one; the image is paid for once.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from nanollava.conversation import IGNORE, encode, images_from_record, messages_from_record
+from nanollava.error import Error
+from nanollava.images import check_image, open_image, preprocess
+from nanollava.llava import NO_FEATURE, Batch, LlavaConfig, Spliced, splice
+from nanollava.tokenizer import IMAGE_TOKEN_ID, Tokenizer
+
+
+class Example(NamedTuple):
+    """One record, tokenized; images has one path for each placeholder in token_ids."""
+
+    token_ids: np.ndarray  # (T,) int32
+    labels: np.ndarray  # (T,) int32
+    images: tuple[str, ...]
+
+
+@dataclass
+class Report:
+    """What reading a file found: the records that cannot be trained on, and how many will be cut."""
+
+    problems: list[str] = field(default_factory=list)  # one line for each bad record, its id first
+    cut: int = 0  # longer than max_length: their ends are lost
+    records: int = 0
+
+
+def read_json(file: str | Path) -> list[dict]:
+    """The records of an official file, a JSON array. Raises Error where it is missing, broken or not an array."""
+    try:
+        records = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Error(f"{file}: cannot be read ({error.strerror}); give the JSON file of the records") from error
+    except ValueError as error:
+        raise Error(f"{file}: is not whole JSON ({error}); fetch or write it again") from error
+    if not isinstance(records, list) or not records:
+        raise Error(f"{file}: must be a JSON array of records, with at least one in it")
+    return records
+
+
+def image_path(folder: str | Path, name: str) -> Path:
+    """Where the image ``name`` of a record lies. Raises Error for a name that leads out of the folder."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+        raise Error(f"image name {name!r} leads out of the image folder; use a path inside it")
+    return Path(folder) / name
+
+
+def make_example(record: dict, tokenizer: Tokenizer, config: LlavaConfig, template: str) -> Example:
+    """Raises Error for a record that cannot be learnt from."""
+    messages = messages_from_record(record)
+    images = images_from_record(record)
+    token_ids, labels = encode(messages, tokenizer, template, images=len(images))
+    marks = token_ids.count(IMAGE_TOKEN_ID)
+    images = images * marks if len(images) == 1 else images  # every marked turn shows the one image
+    room = config.max_length - marks * (config.vision.num_patches - 1)
+    last = max((i for i, token in enumerate(token_ids) if token == IMAGE_TOKEN_ID), default=-1)
+    if last >= room:
+        raise Error(f"{marks} images do not fit into {config.max_length} positions; raise --max-length")
+    return Example(np.array(token_ids, np.int32), np.array(labels, np.int32), tuple(images))
+
+
+def read_records(
+    file: str | Path, image_folder: str | Path | None, tokenizer: Tokenizer, config: LlavaConfig, template: str
+) -> tuple[list[Example], Report]:
+    """All good examples of a file, and a report that names every bad record. Images are judged by their headers."""
+    examples, report, seen = [], Report(), {}
+    for number, record in enumerate(read_json(file)):
+        report.records += 1
+        try:
+            example = make_example(record, tokenizer, config, template)
+            for name in example.images:
+                check_once(name, image_folder, seen)
+        except Error as error:
+            name = record.get("id", f"number {number}") if isinstance(record, dict) else f"number {number}"
+            line = str(error)
+            report.problems.append(line if line.startswith("record") else f"record {name}: {line}")
+            continue
+        length = len(example.token_ids) + len(example.images) * (config.vision.num_patches - 1)
+        report.cut += length > config.max_length
+        examples.append(example)
+    return examples, report
+
+
+def check_once(name: str, folder: str | Path | None, seen: dict[str, str]) -> None:
+    """check_image for a name met for the first time; the same Error again for one met before."""
+    if name not in seen:
+        try:
+            if folder is None:
+                raise Error(f"image {name}: no image folder given; add --images FOLDER")
+            check_image(image_path(folder, name))
+            seen[name] = ""
+        except Error as error:
+            seen[name] = str(error)
+    if seen[name]:
+        raise Error(seen[name])
+
+
+def group(examples: list[Example], by_image: bool) -> list[list[Example]]:
+    """The units that are shuffled: single examples, or all examples about one image together."""
+    if not by_image:
+        return [[example] for example in examples]
+    groups: dict[tuple[str, ...] | int, list[Example]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(example.images or i, []).append(example)
+    return list(groups.values())
+
+
+class Document(NamedTuple):
+    """Examples behind one shared beginning, as columns of equal length; branches counts 0 (shared), 1, 2, ..."""
+
+    columns: Spliced
+    positions: list[int]
+    branches: list[int]
+    images: tuple[str, ...]
+
+
+def documents(examples: list[Example], num_patches: int, max_length: int) -> Iterator[Document]:
+    """One document, or several where the branches do not fit into ``max_length`` positions together."""
+    spliced = [splice(e.token_ids.tolist(), e.labels.tolist(), num_patches, max_length) for e in examples]
+    shared = shared_length(spliced) if len(spliced) > 1 else 0
+    while spliced:
+        length, count = shared, 0
+        while count < len(spliced) and (count == 0 or length + len(spliced[count].labels) - shared <= max_length):
+            length += len(spliced[count].labels) - shared
+            count += 1
+        yield join_branches(spliced[:count], shared, examples[0].images)
+        spliced = spliced[count:]
+
+
+def shared_length(spliced: list[Spliced]) -> int:
+    """How many positions all sequences begin with in common, at least one before the first that carries loss: a
+    target is predicted from the position in front of it, which must be its branch's own."""
+    common = len(os.path.commonprefix([list(zip(s.token_ids, s.features, strict=True)) for s in spliced]))
+    targets = min(next((i for i, label in enumerate(s.labels) if label != IGNORE), len(s.labels)) for s in spliced)
+    return max(0, min(common, targets - 1))
+
+
+def join_branches(spliced: list[Spliced], shared: int, images: tuple[str, ...]) -> Document:
+    columns = Spliced(*(column[:shared] for column in spliced[0]))
+    positions, branches = list(range(shared)), [0] * shared
+    for number, s in enumerate(spliced, start=1):
+        for column, more in zip(columns, s, strict=True):
+            column.extend(more[shared:])
+        positions.extend(range(shared, len(s.labels)))
+        branches.extend([number] * (len(s.labels) - shared))
+    return Document(columns, positions, branches, images)
+
+
+def pack(docs: Iterable[Document], max_length: int) -> list[list[Document]]:
+    """Rows of at most ``max_length`` positions: the longest document first, each into the first row with room."""
+    rows: list[tuple[int, list[Document]]] = []
+    for doc in sorted(docs, key=lambda d: -len(d.positions)):
+        length = len(doc.positions)
+        i = next((i for i, (used, _) in enumerate(rows) if used + length <= max_length), len(rows))
+        if i == len(rows):
+            rows.append((0, []))
+        rows[i] = (rows[i][0] + length, [*rows[i][1], doc])
+    return [docs for _, docs in rows]
+
+
+def collate(rows: list[list[Document]], num_patches: int, load: Callable[[str], torch.Tensor]) -> Batch:
+    """Rows of documents -> a batch; ``load`` gives the pixels (3, S, S) of an image name."""
+    length = -(-max(sum(len(d.positions) for d in row) for row in rows) // 64) * 64  # few shapes: fewer compilations
+    fill = {"token_ids": 0, "labels": IGNORE, "features": NO_FEATURE, "positions": 0, "documents": -1, "branches": 0}
+    table = {name: torch.full((len(rows), length), value) for name, value in fill.items()}
+    pixels: list[torch.Tensor] = []
+    for r, row in enumerate(rows):
+        start = 0
+        for number, doc in enumerate(row):
+            end = start + len(doc.positions)
+            first = len(pixels) * num_patches
+            features = [f if f == NO_FEATURE else f + first for f in doc.columns.features]
+            values = doc.columns.token_ids, doc.columns.labels, features, doc.positions, number, doc.branches
+            for column, value in zip(table.values(), values, strict=True):
+                column[r, start:end] = torch.tensor(value)
+            pixels.extend(map(load, doc.images))
+            start = end
+    return Batch(**table, pixels=torch.stack(pixels) if pixels else None)
+
+
+class Dataset:
+    """Groups of examples by number, and the micro-batches made of them."""
+
+    def __init__(self, groups: list[list[Example]], folder: str | Path | None, config: LlavaConfig, workers: int = 2):
+        self.groups, self.folder, self.config = groups, folder, config
+        self.pool = ThreadPoolExecutor(workers)
+        self.broken: set[str] = set()  # images that failed in decoding
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def batches(self, numbers: Iterable[int], rows_at_once: int = 0) -> list[Batch]:
+        """The chosen groups packed into rows, ``rows_at_once`` of them in each micro-batch (0: all in one).
+
+        A group whose image turns out damaged is left out, with a line on stderr.
+        """
+        groups = [self.groups[n] for n in numbers]
+        names = sorted({name for examples in groups for example in examples for name in example.images})
+        pixels = dict(zip(names, self.pool.map(self.load, names), strict=True))
+        whole = [g for g in groups if all(pixels[name] is not None for name in g[0].images)]
+        patches, limit = self.config.vision.num_patches, self.config.max_length
+        rows = pack((doc for examples in whole for doc in documents(examples, patches, limit)), limit)
+        step = rows_at_once or max(1, len(rows))
+        return [collate(rows[i : i + step], patches, pixels.__getitem__) for i in range(0, len(rows), step)]
+
+    def load(self, name: str) -> torch.Tensor | None:
+        try:
+            image = open_image(image_path(self.folder, name))
+        except Error as error:
+            if name not in self.broken:
+                self.broken.add(name)
+                print(f"skipped: {error}", file=sys.stderr)
+            return None
+        return preprocess(image, self.config.vision.image_size, self.config.image_aspect_ratio)

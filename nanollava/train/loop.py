@@ -1,0 +1,232 @@
+"""One training loop for both stages: draw groups, pack, add up the loss of a step, update, report, save.
+
+A run folder is a checkpoint folder at every moment after its first save: it can be loaded, chatted with, and resumed.
+"""
+
+import ctypes
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nanollava.checkpoint import write
+from nanollava.conversation import IGNORE
+from nanollava.error import Error
+from nanollava.folder import atomic_folder, last_good
+from nanollava.llava import Batch, Llava
+from nanollava.train.data import Dataset
+from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
+from nanollava.train.stages import Stage, freeze, parameter_table
+
+
+@dataclass
+class Options:
+    """Settings of a run. Those that shape the losses are stored, and must be the same on --resume."""
+
+    lr: float
+    projector_lr: float | None  # None: as lr
+    batch_size: int  # groups of examples in a step
+    steps: int
+    warmup: float = 0.03  # share of the steps
+    clip: float = 1.0  # largest norm of the gradient
+    weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    rows_at_once: int = 0  # rows in memory at once: fewer means gradient accumulation; 0 is all
+    seed: int = 0
+    val_every: int = 0  # steps between validation losses; 0: only at the end
+    save_every: int = 0  # steps between checkpoints; 0: only at the end
+    log_every: int = 10
+    compile: bool = False
+
+
+def train(
+    model: Llava, stage: Stage, data: Dataset, val: Dataset | None, out: Path, options: Options, resume: bool = False
+) -> None:
+    """Train in place and leave the result in the folder ``out``. Raises Error where ``out`` does not suit."""
+    return Run(model, stage, data, val, out, options).run(resume)
+
+
+class Run:
+    def __init__(self, model: Llava, stage: Stage, data: Dataset, val: Dataset | None, out: Path, options: Options):
+        self.model, self.stage, self.data, self.val, self.out, self.options = model, stage, data, val, out, options
+        freeze(model, stage)
+        model.config.stage = stage.name
+        self.on_cuda = model.device.type == "cuda"
+        rates = {"projector": options.projector_lr or options.lr, "language": options.lr}
+        parts = [(getattr(model, part), rates[part]) for part in stage.trained]
+        self.optimizers = make_optimizers(parts, options.optimizer, options.weight_decay)
+        self.step, self.metrics = 0, []
+        self.tokens, self.waited, self.started, self.first = 0, 0.0, time.perf_counter(), 0
+
+    def run(self, resume: bool) -> None:
+        if resume:
+            self.restore()
+        elif last_good(self.out).exists():
+            raise Error(f"{self.out} exists: go on with --resume, or choose another --out")
+        print(parameter_table(self.model), flush=True)
+        keep_freed_memory()
+        hidden = self.model.language.hidden
+        if self.options.compile:
+            self.model.language.hidden = torch.compile(hidden, dynamic=True)
+        try:
+            self.loop()
+        finally:
+            self.model.language.__dict__.pop("hidden", None)
+        self.save(final=True)
+
+    def loop(self) -> None:
+        self.first, self.started = self.step, time.perf_counter()
+        for batches in self.prefetch():
+            entry = self.update(batches)
+            last = self.step == self.options.steps
+            if last or self.options.val_every and self.step % self.options.val_every == 0:
+                entry["val_loss"] = self.validate()
+            self.report(entry, last)
+            if self.options.save_every and self.step % self.options.save_every == 0 and not last:
+                self.save()
+
+    def update(self, batches: list[Batch]) -> dict:
+        """One optimizer step on micro-batches; the loss is the mean over all their target tokens."""
+        share = warmup_cosine(self.step, self.options.steps, self.options.warmup)
+        targets = sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)
+        set_learning_rate(self.optimizers, share)
+        total = 0.0
+        for batch in batches:
+            loss = self.loss(batch)
+            (loss / max(1, targets)).backward()
+            total += loss.item()
+        norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.options.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        self.tokens += sum(int((b.documents >= 0).sum()) for b in batches)
+        loss = total / max(1, targets)
+        if loss != loss:
+            raise Error(f"step {self.step}: the loss is not a number; go back to the last checkpoint with a lower --lr")
+        return {"step": self.step, "loss": loss, "lr": share * self.options.lr, "grad_norm": float(norm)}
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.on_cuda):
+            return self.model.loss(batch.to(self.model.device))
+
+    def prefetch(self) -> Iterator[list[Batch]]:
+        """Batches of the remaining steps in order; the next one is made while the last one is trained on."""
+        numbers = draw(len(self.data), self.options.batch_size, self.options.seed, self.step)
+        make = lambda: self.data.batches(next(numbers), self.options.rows_at_once)  # noqa: E731
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(make)
+            for step in range(self.step, self.options.steps):
+                began = time.perf_counter()
+                batches = ahead.result()
+                self.waited += time.perf_counter() - began
+                if step + 1 < self.options.steps:
+                    ahead = pool.submit(make)
+                yield batches
+
+    @torch.no_grad()
+    def validate(self) -> float | None:
+        """Mean loss over the target tokens of the validation set."""
+        if not self.val:
+            return None
+        total, targets = 0.0, 0
+        for first in range(0, len(self.val), self.options.batch_size):
+            numbers = range(first, min(first + self.options.batch_size, len(self.val)))
+            for batch in self.val.batches(numbers, self.options.rows_at_once):
+                total += self.loss(batch).item()
+                targets += int((batch.labels[:, 1:] != IGNORE).sum())
+        return total / max(1, targets)
+
+    def report(self, entry: dict, last: bool) -> None:
+        """A line of metrics for every step, a line on the terminal for some."""
+        elapsed = time.perf_counter() - self.started
+        entry["tokens_per_s"] = round(self.tokens / elapsed)
+        self.metrics.append(entry)
+        if last or "val_loss" in entry or self.step % self.options.log_every == 0 or self.step == self.first + 1:
+            left = elapsed / (self.step - self.first) * (self.options.steps - self.step)
+            val = f"  val {entry['val_loss']:.4f}" if entry.get("val_loss") is not None else ""
+            print(
+                f"{self.stage.name} {self.step:>5}/{self.options.steps}  loss {entry['loss']:.4f}{val}  "
+                f"{entry['tokens_per_s']:,} tokens/s  waiting for data {100 * self.waited / elapsed:.0f}%  "
+                f"{peak_memory(self.on_cuda):.1f} GB  {int(left // 60)}:{int(left % 60):02d} left",
+                flush=True,
+            )
+
+    def save(self, final: bool = False) -> None:
+        """The model, the metrics, and, unless the run is over, all that --resume needs."""
+        with atomic_folder(self.out) as folder:
+            write(self.model, folder)
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in self.metrics))
+            if not final:
+                state = {"optimizers": [o.state_dict() for o in self.optimizers], "step": self.step}
+                torch.save(state | self.fingerprint(), folder / "training.pt")
+
+    def fingerprint(self) -> dict:
+        """What must be the same for a resumed run to give the losses of an undisturbed one."""
+        shaping = {k: v for k, v in asdict(self.options).items() if not k.endswith("_every") and k != "compile"}
+        return {"stage": self.stage.name, "groups": len(self.data), "options": shaping}
+
+    def restore(self) -> None:
+        """Load weights, optimizer and place in the data from ``out``."""
+        from nanollava.checkpoint import load
+
+        folder = last_good(self.out)
+        if not (folder / "training.pt").is_file():
+            raise Error(f"{self.out}: nothing to resume (no training.pt): the run is over or never saved")
+        state = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+        for name, value in self.fingerprint().items():
+            if state[name] != value:
+                raise Error(f"{self.out}: was trained with another {name}: {differences(state[name], value)}")
+        self.model.load_state_dict(load(folder, device=self.model.device).state_dict())
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step = state["step"]
+        self.metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        print(f"resuming at step {self.step} of {self.options.steps}", flush=True)
+
+
+def draw(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:
+    """Endless batches of group numbers: every epoch a new permutation, a batch may reach into the next epoch. A pure
+    function of its arguments, so that a resumed run only has to ``skip`` the batches that were trained on."""
+    first = skip * batch_size
+    epoch, numbers = first // groups, []
+    offset = first % groups
+    while True:
+        order = torch.randperm(groups, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        numbers += order[offset:]
+        epoch, offset = epoch + 1, 0
+        while len(numbers) >= batch_size:
+            yield numbers[:batch_size]
+            numbers = numbers[batch_size:]
+
+
+def differences(old: object, new: object) -> str:
+    """The fields of two dictionaries that differ, or the two values."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return f"{old}, not {new}"
+    return ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in new if old.get(k) != new.get(k))
+
+
+def peak_memory(on_cuda: bool) -> float:
+    """Largest memory taken so far, in GB."""
+    if on_cuda:
+        return torch.cuda.max_memory_allocated() / 1e9
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def keep_freed_memory() -> None:
+    """glibc gives large freed blocks back to the system, and taking them anew, page by page, can cost more than the
+    arithmetic of a small model: ask it to keep them."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
