@@ -6,10 +6,12 @@ Shapes: B batch, M images, S image side, N patches, C vision width, D language w
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from nanollava.attention import Mask
@@ -62,10 +64,11 @@ def splice(token_ids: list[int], labels: list[int], num_patches: int, max_length
     return Spliced(*(column[:max_length] for column in out))
 
 
-def pad(rows: list[list[int]], value: int, length: int | None = None) -> Tensor:
-    """Lists of different lengths -> (B, T) with ``value`` behind the shorter ones."""
+def pad(rows: list[list[int]], value: int, length: int | None = None, left: bool = False) -> Tensor:
+    """Lists of different lengths -> (B, T) with ``value`` behind the shorter ones, or in front of them."""
     length = max(map(len, rows)) if length is None else length
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+    filling = [[value] * (length - len(row)) for row in rows]
+    return torch.tensor([f + row if left else row + f for row, f in zip(rows, filling, strict=True)])
 
 
 @dataclass
@@ -118,23 +121,37 @@ class Llava(nn.Module):
         Rows of different lengths are padded on the right and come with ``lengths`` (B,). T' counts N positions for each
         image. Raises Error where the number of placeholders is not M.
         """
-        spliced_ids, features = self.splice_rows(token_ids, 0 if pixels is None else len(pixels), lengths)
-        return self.language.lm_head(self.language.hidden(self.embed(spliced_ids, features, pixels)))
+        rows = token_ids.tolist()
+        if lengths is not None:
+            rows = [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
+        ids, features = self.splice_rows(rows, 0 if pixels is None else len(pixels), self.config.max_length)
+        spliced = (pad(ids, 0).to(token_ids.device), pad(features, NO_FEATURE).to(token_ids.device))
+        return self.language.lm_head(self.language.hidden(self.embed(*spliced, pixels)))
 
-    def splice_rows(self, token_ids: Tensor, images: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, T) ids -> (B, T') spliced ids and feature numbers, images counted through the rows."""
-        placeholders = 0
+    def splice_rows(
+        self, rows: list[list[int]], images: int, max_length: int | None = None
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Rows of ids -> their spliced ids and feature numbers, images counted through the rows.
+
+        Raises Error where the number of placeholders is not ``images``.
+        """
+        num_patches, placeholders = self.config.vision.num_patches, 0
         ids, features = [], []
-        for i, row in enumerate(token_ids.tolist()):
-            row = row if lengths is None else row[: lengths[i]]
-            spliced = splice(row, row, self.config.vision.num_patches, self.config.max_length)
+        for row in rows:
+            spliced = splice(row, row, num_patches, max_length)
             ids.append(spliced.token_ids)
-            first = placeholders * self.config.vision.num_patches
+            first = placeholders * num_patches
             features.append([f if f == NO_FEATURE else f + first for f in spliced.features])
             placeholders += row.count(IMAGE_TOKEN_ID)
         if placeholders != images:
             raise Error(f"the text has {placeholders} <image> placeholders but {images} images were given")
-        return pad(ids, 0).to(token_ids.device), pad(features, NO_FEATURE).to(token_ids.device)
+        return ids, features
+
+    def answer(self, image: str | Path | Image.Image | None, question: str, **sampling: Any) -> str:
+        """One question about one picture (a path or a PIL image; None: no picture). See ``generate.answer``."""
+        from nanollava.generate import answer  # it stands above this module, which needs it for this method only
+
+        return answer(self, image, question, **sampling)
 
     def loss(self, batch: Batch) -> Tensor:
         """Summed cross-entropy of all target tokens (equation 2); divide by their number over the whole step."""
@@ -142,5 +159,6 @@ class Llava(nn.Module):
         x = self.embed(batch.token_ids, batch.features, batch.pixels)
         hidden = self.language.hidden(x, batch.positions, mask)
         targets = batch.labels[:, 1:]
-        counted = targets != IGNORE  # the head is the widest product of a small model: only where it is needed
-        return F.cross_entropy(self.language.lm_head(hidden[:, :-1][counted]).float(), targets[counted], reduction="sum")
+        counted = targets != IGNORE  # logits take V numbers a position: only where they are needed
+        logits = self.language.lm_head(hidden[:, :-1][counted]).float()
+        return F.cross_entropy(logits, targets[counted], reduction="sum")

@@ -91,8 +91,8 @@ def test_the_dense_mask_is_the_definition_pair_by_pair(mask, queries, keys):
 
 
 @every_mask
-def test_every_query_may_look_at_itself_at_least(mask, queries, keys):
-    """Padding too: a query that sees nothing would turn the softmax into NaN."""
+def test_no_query_is_left_without_a_key(mask, queries, keys):
+    """Not even padding: a softmax over nothing is NaN."""
     assert mask.dense(2, queries, keys, CPU).any(-1).all()
 
 

@@ -116,15 +116,19 @@ def outline(shape: str) -> tuple[tuple[float, float], ...]:
     if shape == "triangle":
         return tuple((x, y + 0.12) for x, y in polygon(3, 1.22))
     if shape == "star":
-        return tuple((x, y + 0.06) for i in range(5) for x, y in (polygon(5, 1.22)[i], polygon(5, 0.56, math.pi / 5)[i]))
+        tips, notches = polygon(5, 1.22), polygon(5, 0.56, turn=math.pi / 5)
+        return tuple((x, y + 0.06) for pair in zip(tips, notches, strict=True) for x, y in pair)
     if shape == "cross":
         a, b = 0.36, 1.05
-        return ((-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a))  # noqa: E501
-    angles = [2 * math.pi * i / 40 for i in range(40)]  # heart
-    return tuple(
-        (16 * math.sin(t) ** 3 / 15, (-13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t)) / 15)
-        for t in angles
-    )  # fmt: skip
+        quarter = ((a, -b), (a, -a), (b, -a))
+        return tuple((x * c - y * s, x * s + y * c) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1)) for x, y in quarter)
+    return heart(40)
+
+
+def heart(corners: int) -> tuple[tuple[float, float], ...]:
+    angles = [2 * math.pi * i / corners for i in range(corners)]
+    ys = [-13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t) for t in angles]
+    return tuple((16 * math.sin(t) ** 3 / 15, y / 15) for t, y in zip(angles, ys, strict=True))
 
 
 def polygon(corners: int, radius: float, turn: float = 0.0) -> tuple[tuple[float, float], ...]:

@@ -3,16 +3,16 @@
     JSON file -> checked records -> examples (ids, labels, images) -> documents -> rows of at most max_length positions
 
 Nothing is padded that can be packed: short documents share a row and do not see each other. Records about the same
-image can share one copy of it (``by_image``): the tokens that they begin with become the document's shared beginning,
-each record a branch behind it. The loss is that of the records one by one; the image is paid for once.
+image can share one copy of it (``group_by_image``): the tokens that they begin with become the document's shared
+beginning, each record a branch behind it. The loss is that of the records one by one; the image is paid for once.
 """
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -113,14 +113,17 @@ def check_once(name: str, folder: str | Path | None, seen: dict[str, str]) -> No
         raise Error(seen[name])
 
 
-def group(examples: list[Example], by_image: bool) -> list[list[Example]]:
-    """The units that are shuffled: single examples, or all examples about one image together."""
-    if not by_image:
-        return [[example] for example in examples]
-    groups: dict[tuple[str, ...] | int, list[Example]] = {}
-    for i, example in enumerate(examples):
-        groups.setdefault(example.images or i, []).append(example)
+def group(examples: list[Example], keys: Iterable[Hashable]) -> list[list[Example]]:
+    """Examples with equal keys together, in the order of first appearance: the units that are shuffled."""
+    groups: dict[Hashable, list[Example]] = {}
+    for example, key in zip(examples, keys, strict=True):
+        groups.setdefault(key, []).append(example)
     return list(groups.values())
+
+
+def group_by_image(examples: list[Example]) -> list[list[Example]]:
+    """Examples about the same images together; those without images each by themselves."""
+    return group(examples, (example.images or number for number, example in enumerate(examples)))
 
 
 class Document(NamedTuple):
@@ -148,7 +151,8 @@ def documents(examples: list[Example], num_patches: int, max_length: int) -> Ite
 def shared_length(spliced: list[Spliced]) -> int:
     """How many positions all sequences begin with in common, at least one before the first that carries loss: a
     target is predicted from the position in front of it, which must be its branch's own."""
-    common = len(os.path.commonprefix([list(zip(s.token_ids, s.features, strict=True)) for s in spliced]))
+    columns = zip(*(zip(s.token_ids, s.features, strict=True) for s in spliced), strict=False)
+    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     targets = min(next((i for i, label in enumerate(s.labels) if label != IGNORE), len(s.labels)) for s in spliced)
     return max(0, min(common, targets - 1))
 

@@ -86,7 +86,7 @@ class Run:
         for batches in self.prefetch():
             entry = self.update(batches)
             last = self.step == self.options.steps
-            if last or self.options.val_every and self.step % self.options.val_every == 0:
+            if last or (self.options.val_every and self.step % self.options.val_every == 0):
                 entry["val_loss"] = self.validate()
             self.report(entry, last)
             if self.options.save_every and self.step % self.options.save_every == 0 and not last:

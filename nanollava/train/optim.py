@@ -77,7 +77,7 @@ def make_optimizers(
 
 def is_hidden(name: str, p: nn.Parameter) -> bool:
     """Matrices between hidden layers, and the one that reads patches."""
-    return p.ndim == 2 and "embed" not in name and "head" not in name or "patch_embedding" in name
+    return (p.ndim == 2 and "embed" not in name and "head" not in name) or "patch_embedding" in name
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:

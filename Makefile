@@ -1,0 +1,31 @@
+# Everything below needs only Python 3.11 or newer and make. The first run makes .venv and installs into it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo weights test lint clean
+
+demo: .venv/core  ## the whole paper in miniature, from nothing
+	$(BIN)/python train.py miniature --out runs/miniature
+
+weights: .venv/core  ## remake weights/miniature
+	$(BIN)/python train.py miniature --out runs/full --recipe full --bundle weights/miniature
+
+test: .venv/core  ## the test suite
+	$(BIN)/python -m pytest
+
+lint: .venv/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv
+
+.venv/core: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+.venv/lint: .venv/core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[lint]"
+	touch $@

@@ -1,0 +1,169 @@
+"""The two parts that the paper takes as given, made small: a CLIP and a Vicuna, and a tokenizer for both.
+
+CLIP (Radford et al., 2021) learns which caption belongs to which image, from images and captions alone. Vicuna's
+stand-in learns to talk about scenes that it is told of in words. Both end up as ordinary official folders.
+"""
+
+import math
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanollava.attention import Mask, attention
+from nanollava.checkpoint import load_vision, save_language, save_vision
+from nanollava.conversation import messages_from_record, render
+from nanollava.images import open_image, preprocess
+from nanollava.llama import LlamaConfig
+from nanollava.llava import Llava, LlavaConfig, pad
+from nanollava.miniature.world import FAMILY, Annotated, read_split
+from nanollava.tokenizer import Tokenizer, load_tokenizer
+from nanollava.train.data import Dataset, group, read_json, read_records
+from nanollava.train.loop import Options, keep_freed_memory, train
+from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
+from nanollava.train.stages import Stage
+from nanollava.vit import Block, VisionConfig, VisionTransformer
+
+VISION = VisionConfig(48, 16, hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4)
+LANGUAGE_STAGE = Stage("language", ("language",), "vicuna_v1", lr=8e-3, batch_size=12, epochs=1)
+ASCII = "".join(map(chr, range(33, 127)))
+SHARE_OF_SINGLE_THINGS = 0.25  # of the contrastive steps: a word for each attribute first, who has which afterwards
+
+
+def train_tokenizer(world: Path, folder: Path) -> Tokenizer:
+    """A SentencePiece model of whole words with LLaMA's special ids and byte fallback, from the world's text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = read_json(world / "text.json")[:20_000]
+    told = [render(messages_from_record(r), "vicuna_v1").replace("</s>", " ") for r in records]
+    captions = [text for image in read_split(world, "val") for text in image.captions]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join([*told, *captions]).split("\n")), model_prefix=str(folder / "tokenizer"),
+        model_type="bpe", vocab_size=1000, hard_vocab_limit=False, character_coverage=1.0, required_chars=ASCII,
+        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
+    return load_tokenizer(folder)
+
+
+class TextTower(nn.Module):
+    """CLIP's other half: causal blocks over a caption, read off at its last token. Needed only while CLIP is made."""
+
+    def __init__(self, vocab_size: int, width: int = 128, layers: int = 3, positions: int = 64):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.position_embedding = nn.Embedding(positions, width)
+        self.layers = nn.ModuleList(Block(width, 4 * width, width // 32) for _ in range(layers))
+        self.final_layer_norm = nn.LayerNorm(width)
+        nn.init.normal_(self.token_embedding.weight, std=0.5)
+        nn.init.normal_(self.position_embedding.weight, std=0.1)
+
+    def forward(self, captions: list[list[int]]) -> Tensor:
+        """B captions as token ids -> (B, width)."""
+        ids = pad(captions, 0)  # (B, T)
+        x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+        attend = attention(Mask(), *ids.shape, ids.shape[1], ids.device)
+        for block in self.layers:
+            x = block(x, attend)
+        return self.final_layer_norm(x[torch.arange(len(x)), torch.tensor([len(c) - 1 for c in captions])])
+
+
+class Clip(nn.Module):
+    def __init__(self, vision: VisionConfig, vocab_size: int, width: int = 128):
+        super().__init__()
+        self.vision, self.text = VisionTransformer(vision), TextTower(vocab_size, width)
+        self.visual_projection = nn.Linear(vision.hidden_size, width, bias=False)
+        self.text_projection = nn.Linear(width, width, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        nn.init.normal_(self.vision.embeddings.position_embedding.weight, std=0.5)
+
+    def similarity(self, pixels: Tensor, captions: list[list[int]]) -> Tensor:
+        """(B, 3, S, S) images and B captions -> (B, B): scaled cosine of every image with every caption."""
+        images = F.normalize(self.visual_projection(self.vision.pooled(pixels)), dim=1)
+        texts = F.normalize(self.text_projection(self.text(captions)), dim=1)
+        return self.logit_scale.exp().clamp(max=100) * images @ texts.T
+
+    def loss(self, pixels: Tensor, captions: list[list[int]]) -> Tensor:
+        """Each image must find its caption among all of the batch, and each caption its image."""
+        similarity = self.similarity(pixels, captions)
+        own = torch.arange(len(similarity))
+        return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+
+
+def pretrain_vision(world: Path, folder: Path, tokenizer: Tokenizer, steps: int, lr: float = 2e-3, families: int = 32):
+    """Train a small CLIP on the world's images and captions; leave its image tower in ``folder``, an official one."""
+    torch.manual_seed(0)
+    keep_freed_memory()
+    images = read_split(world, "train")
+    pixels = load_pixels(world, images)
+    clip = Clip(VISION, tokenizer.vocab_size)
+    optimizers = make_optimizers([(clip, lr)], "muon")
+    started, mean = time.perf_counter(), math.log(families * FAMILY)
+    for step, numbers in enumerate(draw_families(images, steps, families)):
+        rng = random.Random(step)
+        captions = [tokenizer.encode(rng.choice(images[n].captions), bos=False) for n in numbers]
+        loss = clip.loss(pixels[numbers].float(), captions)
+        set_learning_rate(optimizers, warmup_cosine(step, steps))
+        loss.backward()
+        nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        mean += 0.05 * (loss.item() - mean)
+        if step == 0 or (step + 1) % 50 == 0:
+            left = (time.perf_counter() - started) / (step + 1) * (steps - step - 1)
+            print(f"CLIP {step + 1:>5}/{steps}  loss {mean:.4f}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+    save_vision(clip.vision, folder)
+
+
+def load_pixels(world: Path, images: list[Annotated]) -> Tensor:
+    """(M, 3, S, S) of all images, in half precision: they are met many times, and reading them takes longer."""
+    read = lambda image: preprocess(open_image(world / "images" / image.name), VISION.image_size).half()  # noqa: E731
+    with ThreadPoolExecutor() as pool:
+        return torch.stack(list(pool.map(read, images)))
+
+
+def draw_families(images: list[Annotated], steps: int, families: int) -> Iterator[list[int]]:
+    """Image numbers of each batch: whole families, at first only of scenes with a single thing."""
+    rng = random.Random(0)
+    everything = range(len(images) // FAMILY)
+    single = [f for f in everything if len(images[f * FAMILY].scene.things) == 1]
+    for step in range(steps):
+        pool = single if step < SHARE_OF_SINGLE_THINGS * steps else everything
+        chosen = rng.sample(pool, min(families, len(pool)))
+        yield [f * FAMILY + i for f in chosen for i in range(FAMILY)]
+
+
+def pretrain_language(world: Path, folder: Path, tokenizer: Tokenizer, vision: Path, steps: int, resume: bool = False):
+    """Train a small chat model on the world's conversations in words; leave it in ``folder``, an official one."""
+    torch.manual_seed(0)
+    config = LlavaConfig(load_vision(vision).config, language_config(tokenizer), max_length=320)
+    model = Llava(config, tokenizer)
+    initialise(model)
+    examples, _ = read_records(world / "text.json", None, tokenizer, config, LANGUAGE_STAGE.template)
+    names = [record["id"].split("-")[0] for record in read_json(world / "text.json")]
+    data = Dataset(group(examples, names), None, config)
+    options = Options(LANGUAGE_STAGE.lr, None, LANGUAGE_STAGE.batch_size, steps, optimizer="muon", save_every=500)
+    train(model, LANGUAGE_STAGE, data, None, folder.with_name(folder.name + ".run"), options, resume)
+    save_language(model.language, tokenizer, folder)
+
+
+def language_config(tokenizer: Tokenizer) -> LlamaConfig:
+    return LlamaConfig(
+        tokenizer.vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+        rms_norm_eps=1e-5, max_position_embeddings=512,
+    )  # fmt: skip
+
+
+def initialise(model: Llava) -> None:
+    """LLaMA's start for the language model: small normal weights, smaller where they write to the stream."""
+    writers = (2 * len(model.language.layers)) ** -0.5
+    for name, p in model.language.named_parameters():
+        if p.ndim == 2:
+            nn.init.normal_(p, std=0.02 * (writers if "o_proj" in name or "down_proj" in name else 1.0))

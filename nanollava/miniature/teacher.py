@@ -1,0 +1,82 @@
+"""The miniature's teacher: captions and boxes become instruction records (LLaVA section 3 and table 1).
+
+As GPT-4 in the paper, it never sees a pixel: what it knows of an image are its captions and its boxes. It makes the
+three kinds of record in the paper's proportions, 58K conversations : 23K detailed descriptions : 77K of reasoning.
+"""
+
+import random
+
+from nanollava.miniature.language import PERCEPTION, REASONING, Question, ask, caption, describe
+from nanollava.miniature.scenes import Scene, Thing
+
+PROPORTIONS = {"conversation": 58, "detail": 23, "reasoning": 77}
+BRIEF = (
+    "Say briefly what the picture shows.", "What is in the image, in a few words?", "Sum up this picture.",
+    "Give a short caption for the image.", "Name what you see.",
+)  # fmt: skip
+
+
+def scene_from_boxes(instances: list[dict], side: float) -> Scene:
+    """Boxes [x, y, width, height] with categories such as "large red star" -> the scene; its centre is its place."""
+    things = []
+    for instance in instances:
+        x, y, width, height = instance["bbox"]
+        column, row = int(3 * (x + width / 2) / side), int(3 * (y + height / 2) / side)
+        things.append(Thing(3 * row + column, *instance["category"].split(" ")))
+    return Scene(tuple(sorted(things)))
+
+
+def questions(scene: Scene, kind: str, rng: random.Random) -> list[Question]:
+    """The turns of one record of ``kind``: one to three for a conversation, one for the others."""
+    if kind == "detail":
+        return [describe(scene, rng)]
+    if kind == "reasoning":
+        return [ask_one(scene, REASONING, rng)]
+    turns = [ask_one(scene, PERCEPTION, rng) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
+    return list({turn.text: turn for turn in turns}.values())
+
+
+def ask_one(scene: Scene, kinds: tuple[str, ...], rng: random.Random) -> Question:
+    """A question of one of ``kinds``, each as likely as the others that the scene allows."""
+    for kind in rng.sample(kinds, len(kinds)):
+        if question := ask(scene, kind, rng):
+            return question
+    raise AssertionError("every scene can be counted")
+
+
+def instruction_records(image_id: int, image: str, scene: Scene, rng: random.Random, count: int) -> list[dict]:
+    """``count`` official records about one image; <image> stands before or after the first question at random."""
+    records = []
+    for number, kind in enumerate(rng.choices(list(PROPORTIONS), PROPORTIONS.values(), k=count)):
+        turns = questions(scene, kind, rng)
+        first = rng.choice(("<image>\n{}", "{}\n<image>")).format(turns[0].text)
+        records.append(record(f"{image_id:012d}-{number}", turns, first) | {"image": image, "kind": kind})
+    return records
+
+
+def text_records(scene_id: int, scene: Scene, rng: random.Random, count: int) -> list[dict]:
+    """``count`` records without an image: the scene is told in words, then asked about. They are what the miniature's
+    language model learns before it has ever seen anything."""
+    told = describe(scene, rng).answer if rng.random() < 0.5 else caption(scene, rng)
+    kinds = rng.choices(list(PROPORTIONS), PROPORTIONS.values(), k=count)
+    records = []
+    for number, kind in enumerate(kinds):
+        turns = questions(scene, kind, rng)
+        records.append(record(f"{scene_id:012d}-{number}", turns, f"{told}\n{turns[0].text}"))
+    return records
+
+
+def caption_record(image_id: int, image: str, text: str, rng: random.Random) -> dict:
+    """A stage 1 record: a brief question and one of the image's captions."""
+    conversations = [{"from": "human", "value": f"{rng.choice(BRIEF)}\n<image>"}, {"from": "gpt", "value": text}]
+    return {"id": f"{image_id:012d}", "image": image, "conversations": conversations}
+
+
+def record(name: str, turns: list[Question], first: str) -> dict:
+    """Turns as an official record whose first question reads ``first``; ``wordings`` is a field of ours: by it the
+    evaluation knows what guessing would answer."""
+    conversations = []
+    for turn in turns:
+        conversations += [{"from": "human", "value": turn.text}, {"from": "gpt", "value": turn.answer}]
+    conversations[0]["value"] = first
+    return {"id": name, "conversations": conversations, "wordings": [turn.wording for turn in turns]}

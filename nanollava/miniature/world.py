@@ -1,0 +1,135 @@
+"""The miniature world on disk: PNG files with COCO-style captions and boxes, and the records that the teacher makes.
+
+WORLD/images/{train,val,test}/000000000001.png
+WORLD/annotations/{captions,instances}_{train,val,test}.json     as in COCO
+WORLD/text.json       conversations without images: for the language model
+WORLD/captions.json   brief captions in the official format: stage 1
+WORLD/instruct.json, WORLD/instruct_val.json    the three kinds of instruction: stage 2
+"""
+
+import json
+import random
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from nanollava.miniature.language import captions
+from nanollava.miniature.scenes import COLOURS, PIXELS, SHAPES, SIZES, Scene, draw, near_misses, random_scene
+from nanollava.miniature.teacher import caption_record, instruction_records, scene_from_boxes, text_records
+
+CATEGORIES = [f"{size} {colour} {shape}" for shape in SHAPES for colour in COLOURS for size in SIZES]
+FAMILY = 4  # images that follow each other and differ as little as possible
+
+
+@dataclass(frozen=True)
+class WorldSize:
+    train: int = 24_000  # images; a multiple of FAMILY
+    val: int = 600
+    test: int = 1_200
+    text: int = 24_000  # scenes told in words
+    records: int = 8  # for each image, and for each scene told in words
+
+
+def build(folder: Path, size: WorldSize, seed: int = 0) -> None:
+    """Draw all pictures and write all files."""
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    for offset, (split, count) in enumerate((("train", size.train), ("val", size.val), ("test", size.test))):
+        rng = random.Random(f"{seed} {split}")
+        scenes = families(rng, count) if split == "train" else even_counts(rng, split, count)
+        write_split(folder, split, scenes, 1 + 10_000_000 * offset, rng)
+    rng = random.Random(f"{seed} records")
+    write_records(folder / "instruct.json", folder, "train", rng, partial(instructions, count=size.records))
+    write_records(folder / "instruct_val.json", folder, "val", rng, partial(instructions, count=size.records))
+    write_records(folder / "captions.json", folder, "train", rng, brief)
+    text = [r for i in range(size.text) for r in text_records(i, random_scene(rng, "train"), rng, size.records)]
+    write_json(folder / "text.json", text)
+
+
+def families(rng: random.Random, count: int) -> list[Scene]:
+    """Scenes for training: each followed by its near misses."""
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = random_scene(rng, "train")
+        scenes += [scene, *near_misses(scene, rng, FAMILY - 1)]
+    return scenes[:count]
+
+
+def even_counts(rng: random.Random, split: str, count: int) -> list[Scene]:
+    """Scenes with one, two and three things in turn; no two alike as long as there are that many."""
+    seen: dict[Scene, None] = {}
+    while len(seen) < count:
+        seen[random_scene(rng, split, 1 + len(seen) % 3 if len(seen) < 120 else rng.choice((2, 3)))] = None
+    return list(seen)
+
+
+def write_split(folder: Path, split: str, scenes: list[Scene], first: int, rng: random.Random) -> None:
+    """Pictures, captions and boxes of one split; image ids count from ``first``."""
+    (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+    names = [f"{split}/{first + i:012d}.png" for i in range(len(scenes))]
+    with ProcessPoolExecutor() as pool:
+        files = [folder / "images" / name for name in names]
+        boxes = list(pool.map(draw_to, scenes, files, range(first, first + len(scenes)), chunksize=256))
+    images, told, instances = [], [], []
+    for i, (scene, name) in enumerate(zip(scenes, names, strict=True)):
+        images.append({"id": first + i, "file_name": name, "width": PIXELS, "height": PIXELS})
+        for text in captions(scene, rng):
+            told.append({"id": len(told) + 1, "image_id": first + i, "caption": text})
+        for thing, box in zip(scene.things, boxes[i], strict=True):
+            category = CATEGORIES.index(thing.name) + 1
+            instances.append({"id": len(instances) + 1, "image_id": first + i, "category_id": category, "bbox": box})
+    kinds = [{"id": i + 1, "name": name, "supercategory": name.split(" ")[-1]} for i, name in enumerate(CATEGORIES)]
+    annotations = folder / "annotations"
+    write_json(annotations / f"captions_{split}.json", {"images": images, "annotations": told})
+    boxed = {"images": images, "annotations": instances, "categories": kinds}
+    write_json(annotations / f"instances_{split}.json", boxed)
+
+
+def draw_to(scene: Scene, file: Path, seed: int) -> list[list[float]]:
+    """Draw one picture into a file and return its boxes."""
+    image, boxes = draw(scene, seed)
+    image.save(file)
+    return boxes
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """What is written about one image: all that a teacher gets to know of it."""
+
+    id: int
+    name: str
+    captions: list[str]
+    scene: Scene  # from its boxes
+
+
+def read_split(folder: Path, split: str) -> list[Annotated]:
+    """The images of a split with their captions, and the scene as its boxes tell it."""
+    told = json.loads((folder / "annotations" / f"captions_{split}.json").read_text())
+    boxed = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+    kinds = {kind["id"]: kind["name"] for kind in boxed["categories"]}
+    texts: dict[int, list[str]] = {}
+    instances: dict[int, list[dict]] = {}
+    for annotation in told["annotations"]:
+        texts.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    for box in boxed["annotations"]:
+        instances.setdefault(box["image_id"], []).append({"category": kinds[box["category_id"]], "bbox": box["bbox"]})
+    return [
+        Annotated(i["id"], i["file_name"], texts[i["id"]], scene_from_boxes(instances[i["id"]], i["width"]))
+        for i in told["images"]
+    ]
+
+
+def instructions(image: Annotated, rng: random.Random, count: int) -> list[dict]:
+    return instruction_records(image.id, image.name, image.scene, rng, count)
+
+
+def brief(image: Annotated, rng: random.Random) -> list[dict]:
+    return [caption_record(image.id, image.name, image.captions[-1], rng)]  # the last caption names no places
+
+
+def write_records(file: Path, folder: Path, split: str, rng: random.Random, make) -> None:
+    write_json(file, [record for image in read_split(folder, split) for record in make(image, rng)])
+
+
+def write_json(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content), encoding="utf-8")

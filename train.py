@@ -1,0 +1,156 @@
+"""python train.py miniature --out runs/miniature
+
+The training commands:
+    miniature   the whole paper, small, from nothing: world, CLIP, Vicuna, stage 1, stage 2, evaluation
+    stage1      feature alignment pre-training: the projector, on captions
+    stage2      visual instruction tuning: projector and language model, on conversations
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from nanollava.checkpoint import load, load_language, load_vision
+from nanollava.error import Error
+from nanollava.llava import Llava, LlavaConfig
+from nanollava.miniature.recipe import RECIPES, run_miniature
+from nanollava.tokenizer import load_tokenizer
+from nanollava.train.data import Dataset, Example, Report, group_by_image, read_records
+from nanollava.train.loop import Options, train
+from nanollava.train.stages import STAGES, Stage
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: go on with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="miniature|stage1|stage2")
+    for stage in STAGES.values():
+        add_stage(commands.add_parser(stage.name, help=f"trains: {', '.join(stage.trained)}"), stage)
+    mini = commands.add_parser("miniature", help="the whole paper, small, from nothing")
+    mini.add_argument("--out", type=Path, default=Path("runs/miniature"), help="folder for everything made")
+    mini.add_argument("--recipe", choices=list(RECIPES), default="demo", help="how much of everything")
+    mini.set_defaults(run=lambda args: run_miniature(args.out, RECIPES[args.recipe], main))
+    return parser
+
+
+def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
+    add = parser.add_argument
+    if stage.name == "stage2":
+        add("--model", type=Path, help="result of stage 1 (or any LLaVA folder) to go on from")
+    add("--vision", type=Path, help="CLIP folder")
+    add("--language", type=Path, help="Vicuna folder")
+    add("--data", type=Path, required=True, help="records: a JSON array in the official format")
+    add("--images", type=Path, help="folder that the records' image names start from")
+    add("--out", type=Path, required=True, help="folder for the result")
+    add("--val", type=Path, help="records for a validation loss")
+    add("--val-fraction", type=float, default=0.0, help="or: this share of --data, kept out of training")
+    add("--val-every", type=int, default=0, help="steps between validation losses (0: at the end)")
+    add("--projector", choices=("linear", "mlp2x_gelu"), default="linear", help="the paper's, or v1.5's")
+    add("--image-aspect-ratio", choices=("crop", "pad"), help="how pictures become squares (crop)")
+    add("--max-length", type=int, help="positions of a row after splicing (2048)")
+    add("--lr", type=float, default=stage.lr, help=f"learning rate ({stage.lr})")
+    add("--projector-lr", type=float, help="learning rate of the projector, where it differs")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw")
+    add("--weight-decay", type=float, default=0.0)
+    add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises (0.03)")
+    add("--clip", type=float, default=1.0, help="largest gradient norm (1.0)")
+    add("--batch-size", type=int, default=stage.batch_size, help=f"records (or images) in a step ({stage.batch_size})")
+    add("--epochs", type=float, default=stage.epochs, help=f"times through the data ({stage.epochs})")
+    add("--steps", type=int, help="optimizer steps, in place of --epochs")
+    add("--rows-at-once", type=int, default=0, help="rows in memory at once; fewer accumulate gradients (0: all)")
+    add("--share-images", action="store_true", help="records about one image share one copy of it; steps count images")
+    add("--save-every", type=int, default=500, help="steps between checkpoints (0: only at the end)")
+    add("--log-every", type=int, default=10, help="steps between lines")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--compile", action="store_true", help="torch.compile the language model")
+    add("--skip-bad", action="store_true", help="leave bad records out, write their list to OUT.bad.txt")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.set_defaults(run=lambda args: run_stage(args, stage))
+
+
+def run_stage(args: argparse.Namespace, stage: Stage) -> None:
+    """One stage from files to a folder."""
+    torch.manual_seed(args.seed)
+    model = build_model(args)
+    if model.tokenizer is None:
+        raise Error(f"{args.language or args.model}: no tokenizer.model in it; training needs one")
+    groups = read_groups(args.data, args, model, stage)
+    val = read_groups(args.val, args, model, stage) if args.val else []
+    if args.val_fraction:
+        held = max(1, round(args.val_fraction * len(groups)))
+        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(args.seed)).tolist()
+        val, groups = [groups[i] for i in order[:held]], [groups[i] for i in sorted(order[held:])]
+    if not groups:
+        raise Error(f"{args.data}: no record left to train on")
+    steps = args.steps or max(1, round(args.epochs * len(groups) / args.batch_size))
+    options = Options(steps=steps, **{name: getattr(args, name) for name in Options.__annotations__ if name != "steps"})
+    datasets = [Dataset(g, args.images, model.config) if g else None for g in (groups, val)]
+    train(model, stage, *datasets, args.out, options, args.resume)
+    print(f"{stage.name} is done: talk to it with  python chat.py {args.out}")
+
+
+def build_model(args: argparse.Namespace) -> Llava:
+    """The model to start from: a LLaVA folder, or a new projector between a CLIP and a Vicuna."""
+    if start := getattr(args, "model", None):
+        model = load(start, args.device, torch.float32, vision=args.vision)
+        model.config.max_length = args.max_length or model.config.max_length
+        model.config.image_aspect_ratio = args.image_aspect_ratio or model.config.image_aspect_ratio
+        return model
+    if not args.vision or not args.language:
+        raise Error("give --vision and --language folders" + (", or --model" if hasattr(args, "model") else ""))
+    vision, language = load_vision(args.vision, args.device), load_language(args.language, args.device, torch.float32)
+    config = LlavaConfig(
+        vision.config,
+        language.config,
+        args.projector,
+        image_aspect_ratio=args.image_aspect_ratio or "crop",
+        max_length=args.max_length or 2048,
+    )
+    model = Llava(config, load_tokenizer(args.language))
+    model.vision, model.language = vision, language
+    return model.to(args.device)
+
+
+def read_groups(file: Path, args: argparse.Namespace, model: Llava, stage: Stage) -> list[list[Example]]:
+    """Records as groups to shuffle. Raises Error, after listing them, where records are bad and not to be skipped."""
+    started = time.perf_counter()
+    examples, report = read_records(file, args.images, model.tokenizer, model.config, stage.template)
+    seconds = time.perf_counter() - started
+    print(f"{file}: {report.records:,} records read in {seconds:.0f} s, {len(examples):,} to train on", end="")
+    print(f", {report.cut:,} of them cut at {model.config.max_length} positions" if report.cut else "", flush=True)
+    if report.problems:
+        refuse_or_skip(file, args, report)
+    return group_by_image(examples) if args.share_images else [[example] for example in examples]
+
+
+def refuse_or_skip(file: Path, args: argparse.Namespace, report: Report) -> None:
+    for line in report.problems[:20]:
+        print(f"  {line}", file=sys.stderr)
+    if len(report.problems) > 20:
+        print(f"  and {len(report.problems) - 20} more", file=sys.stderr)
+    if not args.skip_bad:
+        raise Error(f"{file}: {len(report.problems)} bad records; mend them, or leave them out with --skip-bad")
+    listing = args.out.with_name(args.out.name + ".bad.txt")
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    listing.write_text("\n".join(report.problems) + "\n")
+    print(f"left out {len(report.problems)} bad records, listed in {listing}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
