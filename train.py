@@ -7,6 +7,7 @@ The training commands:
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -15,12 +16,18 @@ import torch
 
 from nanollava.checkpoint import load, load_language, load_vision
 from nanollava.error import Error
+from nanollava.folder import first_line, last_good
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.miniature.recipe import RECIPES, run_miniature
+from nanollava.projector import make_projector
 from nanollava.tokenizer import load_tokenizer
 from nanollava.train.data import Dataset, Example, Report, group_by_image, read_records
-from nanollava.train.loop import Options, train
+from nanollava.train.loop import Options, check_out, train
 from nanollava.train.stages import STAGES, Stage
+
+ABOVE_0 = ("max_length", "lr", "projector_lr", "clip", "batch_size", "epochs", "steps", "log_every")
+NOT_NEGATIVE = ("weight_decay", "rows_at_once", "val_every", "save_every", "seed")
+SHARES = ("val_fraction", "warmup")  # from 0 up to, not including, 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: go on with --resume", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError:
+        print("error: out of memory on this device: try --rows-at-once 1, or a smaller --max-length", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -44,7 +54,8 @@ def make_parser() -> argparse.ArgumentParser:
     mini = commands.add_parser("miniature", help="the whole paper, small, from nothing")
     mini.add_argument("--out", type=Path, default=Path("runs/miniature"), help="folder for everything made")
     mini.add_argument("--recipe", choices=list(RECIPES), default="demo", help="how much of everything")
-    mini.set_defaults(run=lambda args: run_miniature(args.out, RECIPES[args.recipe], main))
+    mini.add_argument("--bundle", type=Path, help="folder for the weights in half precision, to give away")
+    mini.set_defaults(run=lambda args: run_miniature(args.out, RECIPES[args.recipe], main, args.bundle))
     return parser
 
 
@@ -86,23 +97,43 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
 
 def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     """One stage from files to a folder."""
+    check_numbers(args)
+    check_device(args.device)
+    check_out(args.out, args.resume)
     torch.manual_seed(args.seed)
     model = build_model(args)
     if model.tokenizer is None:
-        raise Error(f"{args.language or args.model}: no tokenizer.model in it; training needs one")
-    groups = read_groups(args.data, args, model, stage)
-    val = read_groups(args.val, args, model, stage) if args.val else []
-    if args.val_fraction:
-        held = max(1, round(args.val_fraction * len(groups)))
-        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        val, groups = [groups[i] for i in order[:held]], [groups[i] for i in sorted(order[held:])]
-    if not groups:
-        raise Error(f"{args.data}: no record left to train on")
+        raise Error(f"{args.model}: no tokenizer.model in it; training needs one")
+    groups, val = read_data(args, model, stage)
     steps = args.steps or max(1, round(args.epochs * len(groups) / args.batch_size))
     options = Options(steps=steps, **{name: getattr(args, name) for name in Options.__annotations__ if name != "steps"})
     datasets = [Dataset(g, args.images, model.config) if g else None for g in (groups, val)]
     train(model, stage, *datasets, args.out, options, args.resume)
     print(f"{stage.name} is done: talk to it with  python chat.py {args.out}")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises Error for settings that make no sense, before anything is read."""
+    rules = (
+        (ABOVE_0, "above 0", lambda x: 0 < x < math.inf),
+        (NOT_NEGATIVE, "0 or more", lambda x: 0 <= x < math.inf),
+        (SHARES, "at least 0 and below 1", lambda x: 0 <= x < 1),
+    )
+    for names, expected, good in rules:
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not good(value):
+                raise Error(f"--{name.replace('_', '-')} is {value}: it must be {expected}")
+    if args.val and args.val_fraction:
+        raise Error("--val and --val-fraction: give one of them, not both")
+
+
+def check_device(name: str) -> None:
+    """Raises Error where PyTorch cannot compute there."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise Error(f"--device {name}: not to be used here ({first_line(error)}); leave it out or say cpu") from error
 
 
 def build_model(args: argparse.Namespace) -> Llava:
@@ -114,7 +145,8 @@ def build_model(args: argparse.Namespace) -> Llava:
         return model
     if not args.vision or not args.language:
         raise Error("give --vision and --language folders" + (", or --model" if hasattr(args, "model") else ""))
-    vision, language = load_vision(args.vision, args.device), load_language(args.language, args.device, torch.float32)
+    vision = load_vision(args.vision, args.device, torch.float32)
+    language = load_language(args.language, args.device, torch.float32)
     config = LlavaConfig(
         vision.config,
         language.config,
@@ -122,9 +154,24 @@ def build_model(args: argparse.Namespace) -> Llava:
         image_aspect_ratio=args.image_aspect_ratio or "crop",
         max_length=args.max_length or 2048,
     )
-    model = Llava(config, load_tokenizer(args.language))
-    model.vision, model.language = vision, language
-    return model.to(args.device)
+    with torch.device("meta"):  # the projector alone is new
+        model = Llava(config, load_tokenizer(last_good(args.language)))
+    projector = make_projector(config.projector_type, vision.config.hidden_size, language.config.hidden_size)
+    model.vision, model.projector, model.language = vision, projector.to(args.device), language
+    return model
+
+
+def read_data(args: argparse.Namespace, model: Llava, stage: Stage) -> tuple[list[list[Example]], list[list[Example]]]:
+    """Groups to train on, and groups kept for the validation loss."""
+    groups = read_groups(args.data, args, model, stage)
+    val = read_groups(args.val, args, model, stage) if args.val else []
+    if args.val_fraction:
+        held = max(1, round(args.val_fraction * len(groups)))
+        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(args.seed)).tolist()
+        val, groups = [groups[i] for i in order[:held]], [groups[i] for i in sorted(order[held:])]
+    if not groups:
+        raise Error(f"{args.data}: no record left to train on")
+    return groups, val
 
 
 def read_groups(file: Path, args: argparse.Namespace, model: Llava, stage: Stage) -> list[list[Example]]:
@@ -146,8 +193,7 @@ def refuse_or_skip(file: Path, args: argparse.Namespace, report: Report) -> None
         print(f"  and {len(report.problems) - 20} more", file=sys.stderr)
     if not args.skip_bad:
         raise Error(f"{file}: {len(report.problems)} bad records; mend them, or leave them out with --skip-bad")
-    listing = args.out.with_name(args.out.name + ".bad.txt")
-    listing.parent.mkdir(parents=True, exist_ok=True)
+    listing = args.out.with_name(args.out.name + (".val" if file == args.val else "") + ".bad.txt")
     listing.write_text("\n".join(report.problems) + "\n")
     print(f"left out {len(report.problems)} bad records, listed in {listing}")
 

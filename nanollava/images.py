@@ -5,6 +5,7 @@ tower that was trained on one set of pixels gives slightly other features for an
 """
 
 import math
+import os
 import warnings
 from pathlib import Path
 
@@ -122,8 +123,8 @@ def check_image(path: str | Path) -> None:
 
 def _open(path: str | Path) -> Image.Image:
     """Pillow's lazily opened image, its size already found acceptable."""
-    if not Path(path).is_file():
-        kind = "is not a file" if Path(path).exists() else "does not exist"
+    if not os.path.isfile(path):  # pathlib's is_file raises on names that are too long
+        kind = "is not a file" if os.path.exists(path) else "does not exist"
         raise Error(f"{path}: the image {kind}; check its name and folder")
     try:
         if Path(path).stat().st_size == 0:

@@ -1,12 +1,21 @@
 """What several test files share: two threads, the files of real input, and a small tokenizer made on the spot."""
 
+import importlib.util
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+from PIL import Image
+
+from nanollava import checkpoint
+from nanollava.llama import Llama, LlamaConfig
+from nanollava.llava import Llava, LlavaConfig
+from nanollava.tokenizer import Tokenizer
+from nanollava.vit import VisionConfig, VisionTransformer
 
 torch.set_num_threads(2)
 
@@ -70,3 +79,74 @@ def tiny_tokenizer_file(tmp_path_factory: pytest.TempPathFactory, train_tokenize
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_tokenizer(file, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
     return file
+
+
+class Scripted:
+    """Tiny models without a will of their own, for tests of what stands around a model."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, chains: list[list[int]], positions: int = 400, **settings: str) -> Llava:
+        """A model in which each token of a chain is followed by the next one, whatever stood before it."""
+        torch.manual_seed(0)
+        vision = VisionConfig(image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
+        language = LlamaConfig(400, 128, 8, 1, 2, max_position_embeddings=positions)
+        model = Llava(LlavaConfig(vision, language, **settings), self.tokenizer).eval()
+        for block in model.language.layers:  # nothing but the embedding of the last token reaches the head
+            block.self_attn.o_proj.weight.data.zero_()
+            block.mlp.down_proj.weight.data.zero_()
+        embedding = model.language.embed_tokens.weight.data.normal_()
+        head = model.language.lm_head.weight.data.zero_()
+        follows: dict[int, int] = {}
+        for token, following in {pair for chain in chains for pair in pairwise(chain)}:
+            assert follows.setdefault(token, following) == following, "a token can have only one that follows"
+            head[following] += embedding[token]
+        model.projector.weight.data.zero_()
+        model.projector.bias.data.copy_(embedding[self.tokenizer.bos_id])  # an image is followed by what follows <s>
+        return model
+
+    def says(self, text: str, **settings: str) -> Llava:
+        """A model that answers every question with that text and the end token."""
+        colon = self.tokenizer.encode(" ASSISTANT:", bos=False, prefix=False)[-1]
+        return self([[colon, *self.tokenizer.encode(text, bos=False), self.tokenizer.eos_id]], **settings)
+
+
+@pytest.fixture(scope="session")
+def scripted_model(tiny_tokenizer_file: Path) -> Scripted:
+    """A function (chains of token ids) -> model that writes them; and ``.says(text)``."""
+    return Scripted(Tokenizer(tiny_tokenizer_file))
+
+
+class Trainer:
+    """train.py in this process, and tiny official folders to start from: clip/ and vicuna/, random weights."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer):
+        spec = importlib.util.spec_from_file_location("train", Path(__file__).parents[1] / "train.py")
+        self.program = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.program)
+        self.clip, self.vicuna, self.images = folder / "clip", folder / "vicuna", folder / "images"
+        torch.manual_seed(0)
+        checkpoint.save_vision(VisionTransformer(VisionConfig(16, 8, 16, 16, 2, 2)), self.clip)
+        checkpoint.save_language(Llama(LlamaConfig(400, 16, 16, 2, 2, 1)), tokenizer, self.vicuna)
+        self.images.mkdir()
+        for seed, name in enumerate("abcd"):
+            noise = torch.randint(256, (20, 30, 3), generator=torch.Generator().manual_seed(seed))
+            Image.fromarray(noise.byte().numpy()).save(self.images / f"{name}.png")
+
+    def __call__(self, *words: object) -> int:
+        """The exit status of ``python train.py WORDS`` with few lines of progress."""
+        return self.program.main([str(word) for word in words])
+
+    def stage(self, number: int, data: Path, out: Path, *words: object) -> int:
+        """A stage on that data, from clip/ and vicuna/ unless the words name a --model."""
+        start = () if "--model" in words else ("--vision", self.clip, "--language", self.vicuna)
+        images = () if "--images" in words else ("--images", self.images)
+        where = ("--data", data, "--out", out, *start, *images, "--device", "cpu")
+        return self(f"stage{number}", *where, *words)
+
+
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_file: Path) -> Trainer:
+    """``trainer.stage(1, data, out, "--steps", 3)`` -> exit status; images a.png to d.png are there."""
+    return Trainer(tmp_path_factory.mktemp("trainer"), Tokenizer(tiny_tokenizer_file))

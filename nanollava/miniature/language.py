@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 
 from nanollava.miniature.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
@@ -34,7 +35,8 @@ def join(phrases: list[str]) -> str:
     return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
 
 
-def references(scene: Scene, thing: Thing, hidden: str = "") -> list[str]:
+@lru_cache(maxsize=1024)
+def references(scene: Scene, thing: Thing, hidden: str) -> tuple[str, ...]:
     """Every noun phrase that fits ``thing`` alone and does not mention the attribute ``hidden``."""
     attributes = [name for name in ("size", "colour", "shape") if name != hidden]
     phrases = []
@@ -45,7 +47,7 @@ def references(scene: Scene, thing: Thing, hidden: str = "") -> list[str]:
                 phrases.append(" ".join(["the", *words, thing.shape if "shape" in shown else "object"]))
     if hidden != "cell":
         phrases.append(f"the object {PLACES[thing.cell]}")
-    return phrases
+    return tuple(phrases)
 
 
 def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:

@@ -31,7 +31,7 @@ from nanollava.train.stages import Stage
 from nanollava.vit import Block, VisionConfig, VisionTransformer
 
 VISION = VisionConfig(48, 16, hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4)
-LANGUAGE_STAGE = Stage("language", ("language",), "vicuna_v1", lr=8e-3, batch_size=12, epochs=1)
+LANGUAGE_STAGE = Stage("language", ("language",), "vicuna_v1", lr=8e-3, batch_size=6, epochs=1)
 ASCII = "".join(map(chr, range(33, 127)))
 SHARE_OF_SINGLE_THINGS = 0.25  # of the contrastive steps: a word for each attribute first, who has which afterwards
 
@@ -149,7 +149,10 @@ def pretrain_language(world: Path, folder: Path, tokenizer: Tokenizer, vision: P
     examples, _ = read_records(world / "text.json", None, tokenizer, config, LANGUAGE_STAGE.template)
     names = [record["id"].split("-")[0] for record in read_json(world / "text.json")]
     data = Dataset(group(examples, names), None, config)
-    options = Options(LANGUAGE_STAGE.lr, None, LANGUAGE_STAGE.batch_size, steps, optimizer="muon", save_every=500)
+    stage = LANGUAGE_STAGE
+    options = Options(
+        stage.lr, None, stage.batch_size, steps, optimizer="muon", save_every=500, log_every=50, compile=True
+    )
     train(model, LANGUAGE_STAGE, data, None, folder.with_name(folder.name + ".run"), options, resume)
     save_language(model.language, tokenizer, folder)
 

@@ -4,20 +4,33 @@ Every step leaves a folder; a step whose folder is there is not done again, so a
 """
 
 import json
+import os
+import platform
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanollava.checkpoint import load
+import torch
+from PIL import Image
+
+from nanollava.checkpoint import load, write
 from nanollava.error import Error
 from nanollava.evaluate.miniature import caption_f1, evaluate, table
-from nanollava.folder import last_good
+from nanollava.folder import atomic_folder, last_good
 from nanollava.miniature import pretrain, world
+from nanollava.miniature.scenes import Scene, Thing, draw, random_scene
+from nanollava.tokenizer import load_tokenizer
+
+Command = Callable[[list[str]], int]  # a train.py command as typed -> its exit status
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """How much of everything."""
+
     size: world.WorldSize
     clip_steps: int
     language_steps: int
@@ -27,74 +40,140 @@ class Recipe:
 
 
 RECIPES = {
-    "demo": Recipe(world.WorldSize(), 1300, 1200, 200, 1800),
-    "full": Recipe(world.WorldSize(train=48_000, text=48_000), 8000, 5000, 600, 12000),
+    "demo": Recipe(world.WorldSize(train=21_600, text=8_000), 1300, 1200, 300, 3300),
+    "full": Recipe(world.WorldSize(train=40_000, text=15_000), 3600, 2400, 400, 9000),
     "smoke": Recipe(world.WorldSize(80, 12, 60, 40), 4, 4, 3, 4, per_kind=12),
 }
+SAMPLE = Scene(
+    (Thing(0, "large", "yellow", "star"), Thing(1, "small", "red", "heart"), Thing(3, "large", "blue", "circle"))
+)
 
 
-def run_miniature(out: Path, recipe: Recipe, command: Callable[[list[str]], int]) -> None:
-    """Run what is missing in ``out``. ``command`` runs the training commands as typed, so that what happens here is
-    what anyone can type."""
-    started = time.perf_counter()
-    places = {name: out / name for name in ("world", "clip", "vicuna", "stage1", "stage2")}
-    drawn, clip, vicuna, stage1, stage2 = places.values()
-    if not (drawn / "instruct.json").exists():
-        chapter(started, f"Drawing the world: {recipe.size.train:,} pictures with captions and boxes")
-        world.build(drawn, recipe.size)
-    if not (out / "tokenizer/tokenizer.model").exists():
-        pretrain.train_tokenizer(drawn, out / "tokenizer")
-    tokenizer = pretrain.load_tokenizer(out / "tokenizer")
+def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | None = None) -> None:
+    """Do what is missing in ``out``; leave small weights to give away in ``bundle``. Stages run through ``command``, so
+    that what happens here is what anyone can type."""
+    drawn, clip, vicuna, stage1, stage2 = (out / name for name in ("world", "clip", "vicuna", "stage1", "stage2"))
+    clock = Clock(out / "times.json")
+    if not (drawn / "done").exists():
+        with clock.step("world", f"Drawing the world: {recipe.size.train:,} pictures with captions and boxes"):
+            world.build(drawn, recipe.size)
+            pretrain.train_tokenizer(drawn, out / "tokenizer")
+            (drawn / "done").touch()
+    tokenizer = load_tokenizer(out / "tokenizer")
     if not last_good(clip).exists():
-        chapter(started, "A small CLIP: which caption belongs to which picture?")
-        pretrain.pretrain_vision(drawn, clip, tokenizer, recipe.clip_steps)
+        with clock.step("CLIP", "A small CLIP: which caption belongs to which picture?"):
+            pretrain.pretrain_vision(drawn, clip, tokenizer, recipe.clip_steps)
     if not last_good(vicuna).exists():
-        chapter(started, "A small Vicuna: talking about scenes told in words, without pictures")
-        pretrain.pretrain_language(drawn, vicuna, tokenizer, clip, recipe.language_steps)
-    shared = ["--images", drawn / "images", "--log-every", "50", "--max-length", "320"]
-    run(started, "Stage 1, feature alignment: the projector learns to caption", stage1, command, [
-        "stage1", "--vision", clip, "--language", vicuna, "--projector", "mlp2x_gelu", 
-        "--data", drawn / "captions.json",
-        "--batch-size", "64", "--steps", recipe.stage1_steps, *shared,
-    ])  # fmt: skip
-    run(started, "Stage 2, visual instruction tuning: projector and language model converse", stage2, command, [
-        "stage2", "--model", stage1, "--data", drawn / "instruct.json", "--val", drawn / "instruct_val.json",
-        "--share-images", "--batch-size", "6", "--steps", recipe.stage2_steps, "--optimizer", "muon", "--lr", "4e-3",
-        *shared,
-    ])  # fmt: skip
-    chapter(started, "Evaluation: answers generated about scenes never seen")
-    report(out, recipe, stage1, stage2, drawn)
-    print(f"all of it took {clock(time.perf_counter() - started)}; talk to it with  python chat.py {stage2}")
+        with clock.step("Vicuna", "A small Vicuna: talking about scenes told in words, without pictures"):
+            pretrain.pretrain_language(drawn, vicuna, tokenizer, clip, recipe.language_steps)
+    shared = ["--images", drawn / "images", "--log-every", 50]
+    with clock.step("stage 1", "Stage 1, feature alignment: the projector learns to caption"):
+        run_stage(command, stage1, [
+            "stage1", "--vision", clip, "--language", vicuna, "--projector", "mlp2x_gelu", "--max-length", 320,
+            "--data", drawn / "captions.json", "--batch-size", 64, "--steps", recipe.stage1_steps, *shared,
+        ])  # fmt: skip
+    with clock.step("stage 2", "Stage 2, visual instruction tuning: projector and language model learn to converse"):
+        run_stage(command, stage2, [
+            "stage2", "--model", stage1, "--data", drawn / "instruct.json", "--val", drawn / "instruct_val.json",
+            "--share-images", "--batch-size", 6, "--steps", recipe.stage2_steps, "--val-every", 500,
+            "--optimizer", "muon", "--lr", "6e-3", "--compile", *shared,
+        ])  # fmt: skip
+    with clock.step("evaluation", "Evaluation: answers generated about scenes never seen"):
+        if bundle:
+            give_away(stage2, bundle)
+        text = report(out, recipe, stage1, bundle or stage2, drawn)
+    print(
+        f"{text}\n\n{clock.summary()}\ntalk to it:  python chat.py {bundle or stage2} --image PICTURE.png", flush=True
+    )
+    if bundle:
+        readme = f"{BUNDLE_README.format(out=out, machine=machine())}\n{clock.summary()}\n\n{text}\n"
+        (bundle / "README.md").write_text(readme)
 
 
-def run(started: float, title: str, folder: Path, command: Callable[[list[str]], int], words: list) -> None:
+class Clock:
+    """Seconds spent in each step, kept over interruptions."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+
+    @contextmanager
+    def step(self, name: str, title: str) -> Iterator[None]:
+        total, started = sum(self.seconds.values()), time.perf_counter()
+        print(f"\n[{minutes(total)}] {title}", flush=True)
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        self.file.write_text(json.dumps(self.seconds))
+
+    def summary(self) -> str:
+        steps = ", ".join(f"{name} {minutes(seconds)}" for name, seconds in self.seconds.items())
+        return f"Minutes: {steps}; together {minutes(sum(self.seconds.values()))}."
+
+
+def minutes(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def run_stage(command: Command, folder: Path, words: list) -> None:
     """One training command, unless its result is there; resumed where it was cut."""
-    if last_good(folder).exists() and not (last_good(folder) / "training.pt").exists():
+    begun = last_good(folder).exists()
+    if begun and not (last_good(folder) / "training.pt").exists():
         return
-    words = [str(word) for word in [*words, "--out", folder]] + ["--resume"] * last_good(folder).exists()
-    chapter(started, title)
+    words = [str(word) for word in [*words, "--out", folder]] + ["--resume"] * begun
     print("python train.py " + " ".join(words), flush=True)
     if command(words):
         raise Error(f"{folder.name} failed; the line above says why")
 
 
-def report(out: Path, recipe: Recipe, stage1: Path, stage2: Path, drawn: Path) -> None:
-    """Print the table and leave it in results.json."""
+def report(out: Path, recipe: Recipe, stage1: Path, stage2: Path, drawn: Path) -> str:
+    """The results as Markdown; as numbers in results.json."""
     models = {"after stage 1": load(stage1), "after stage 2": load(stage2)}
     columns = evaluate(models, drawn, recipe.per_kind)
     own, others = caption_f1(models["after stage 1"], drawn)
-    print(f"\nstage 1's captions: F1 of attributes {100 * own:.1f}, against another image {100 * others:.1f}\n")
-    print(table(columns))
-    detail = columns["detail"]
-    print(f"\ndetailed descriptions that name every thing and invent none: {100 * detail['things']:.1f}%", end="")
-    print(f", and put each in its place: {100 * detail['things and places']:.1f}%")
     results = {"questions_per_kind": recipe.per_kind, "columns": columns, "caption_f1": [own, others]}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    detail = columns["detail"]
+    return (
+        f"{table(columns)}\n\nExact answers in percent, {recipe.per_kind} questions of each kind.\n\n"
+        f"After stage 1, captions name attributes with an F1 of {100 * own:.1f}; "
+        f"held against another image, {100 * others:.1f}.\n"
+        f"After stage 2, {100 * detail['things']:.1f}% of the detailed descriptions name every thing with all its "
+        f"attributes and invent none; {100 * detail['things and places']:.1f}% also put each in its place."
+    )
 
 
-def chapter(started: float, title: str) -> None:
-    print(f"\n[{clock(time.perf_counter() - started)}] {title}", flush=True)
+BUNDLE_README = """\
+# The miniature's weights
+
+A LLaVA of 2.2 million parameters, trained from nothing on pictures that the repository draws itself. Made by
+
+    python train.py miniature --recipe full --out {out} --bundle weights/miniature
+
+on {machine}. `sample.png` is a scene that it was not trained on.
+"""
 
 
-def clock(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+def give_away(model: Path, folder: Path) -> None:
+    """The weights in half precision, with a picture to talk about."""
+    with atomic_folder(folder) as new:
+        write(load(model), new, torch.float16)
+        draw(SAMPLE, seed=3, side=192)[0].save(new / "sample.png")
+        sheet(rows=2, columns=6, side=144).save(new / "world.png")
+
+
+def sheet(rows: int, columns: int, side: int) -> Image.Image:
+    """Test scenes side by side: what the world looks like."""
+    rng, gap = random.Random(0), 8
+    image = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + gap) + gap), "white")
+    for n in range(rows * columns):
+        scene = random_scene(rng, "test", count=1 + n % 3)
+        image.paste(draw(scene, n, side)[0], (gap + n % columns * (side + gap), gap + n // columns * (side + gap)))
+    return image
+
+
+def machine() -> str:
+    """The processor's name and the number of its cores."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    name = names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
+    return f"{os.cpu_count()} cores ({name})"

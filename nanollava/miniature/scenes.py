@@ -25,7 +25,7 @@ PLACES = (
     "in the bottom left corner", "at the bottom", "in the bottom right corner",
 )  # fmt: skip
 PAPERS = ((250, 246, 236), (236, 244, 250), (240, 248, 238), (250, 240, 242), (244, 241, 250), (246, 246, 244))
-RADIUS = {"small": 0.085, "large": 0.14}  # of the image side
+RADIUS = {"small": 0.095, "large": 0.148}  # of the image side
 PIXELS = 96  # side of a drawn picture
 
 
@@ -91,7 +91,7 @@ def near_misses(scene: Scene, rng: random.Random, count: int) -> list[Scene]:
     found = [scene]
     while len(found) <= count:
         things = list(scene.things)
-        what = rng.choice(("size", "colour", "shape", "cell"))
+        what = rng.choice(("size", "colour", "shape", "shape", "cell"))  # shapes are the hardest to tell apart
         i, j = rng.sample(range(len(things)), 2) if len(things) > 1 and rng.random() < 0.5 else (0, None)
         if j is not None:
             a, b = things[i], things[j]

@@ -9,6 +9,7 @@ WORLD/instruct.json, WORLD/instruct_val.json    the three kinds of instruction: 
 
 import json
 import random
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -38,12 +39,11 @@ def build(folder: Path, size: WorldSize, seed: int = 0) -> None:
         rng = random.Random(f"{seed} {split}")
         scenes = families(rng, count) if split == "train" else even_counts(rng, split, count)
         write_split(folder, split, scenes, 1 + 10_000_000 * offset, rng)
-    rng = random.Random(f"{seed} records")
-    write_records(folder / "instruct.json", folder, "train", rng, partial(instructions, count=size.records))
-    write_records(folder / "instruct_val.json", folder, "val", rng, partial(instructions, count=size.records))
-    write_records(folder / "captions.json", folder, "train", rng, brief)
-    text = [r for i in range(size.text) for r in text_records(i, random_scene(rng, "train"), rng, size.records)]
-    write_json(folder / "text.json", text)
+    train, val = read_split(folder, "train"), read_split(folder, "val")
+    write_records(folder / "instruct.json", train, partial(instructions, size.records))
+    write_records(folder / "instruct_val.json", val, partial(instructions, size.records))
+    write_records(folder / "captions.json", train, brief)
+    write_records(folder / "text.json", range(size.text), partial(conversations, size.records))
 
 
 def families(rng: random.Random, count: int) -> list[Scene]:
@@ -56,11 +56,8 @@ def families(rng: random.Random, count: int) -> list[Scene]:
 
 
 def even_counts(rng: random.Random, split: str, count: int) -> list[Scene]:
-    """Scenes with one, two and three things in turn; no two alike as long as there are that many."""
-    seen: dict[Scene, None] = {}
-    while len(seen) < count:
-        seen[random_scene(rng, split, 1 + len(seen) % 3 if len(seen) < 120 else rng.choice((2, 3)))] = None
-    return list(seen)
+    """Scenes with one, two and three things in turn. There are few of one thing, so some are drawn more than once."""
+    return [random_scene(rng, split, 1 + i % 3) for i in range(count)]
 
 
 def write_split(folder: Path, split: str, scenes: list[Scene], first: int, rng: random.Random) -> None:
@@ -119,16 +116,24 @@ def read_split(folder: Path, split: str) -> list[Annotated]:
     ]
 
 
-def instructions(image: Annotated, rng: random.Random, count: int) -> list[dict]:
-    return instruction_records(image.id, image.name, image.scene, rng, count)
+def instructions(count: int, image: Annotated) -> list[dict]:
+    return instruction_records(image.id, image.name, image.scene, random.Random(f"instruct {image.id}"), count)
 
 
-def brief(image: Annotated, rng: random.Random) -> list[dict]:
-    return [caption_record(image.id, image.name, image.captions[-1], rng)]  # the last caption names no places
+def brief(image: Annotated) -> list[dict]:
+    """Stage 1's record: the last caption, which names no places."""
+    return [caption_record(image.id, image.name, image.captions[-1], random.Random(f"brief {image.id}"))]
 
 
-def write_records(file: Path, folder: Path, split: str, rng: random.Random, make) -> None:
-    write_json(file, [record for image in read_split(folder, split) for record in make(image, rng)])
+def conversations(count: int, number: int) -> list[dict]:
+    rng = random.Random(f"text {number}")
+    return text_records(number, random_scene(rng, "train"), rng, count)
+
+
+def write_records(file: Path, subjects: Sequence, make: Callable[..., list[dict]]) -> None:
+    """The records that ``make`` makes of each subject, in order, as one official file."""
+    with ProcessPoolExecutor() as pool:
+        write_json(file, [record for records in pool.map(make, subjects, chunksize=256) for record in records])
 
 
 def write_json(file: Path, content: object) -> None:

@@ -9,6 +9,7 @@ beginning, each record a branch behind it. The loss is that of the records one b
 
 import json
 import sys
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -84,14 +85,14 @@ def read_records(
     examples, report, seen = [], Report(), {}
     for number, record in enumerate(read_json(file)):
         report.records += 1
+        record = {"id": f"number {number}", **record} if isinstance(record, dict) else record
         try:
             example = make_example(record, tokenizer, config, template)
             for name in example.images:
                 check_once(name, image_folder, seen)
         except Error as error:
-            name = record.get("id", f"number {number}") if isinstance(record, dict) else f"number {number}"
-            line = str(error)
-            report.problems.append(line if line.startswith("record") else f"record {name}: {line}")
+            name = f"record {record['id'] if isinstance(record, dict) else f'number {number}'}: "
+            report.problems.append(name + str(error).removeprefix(name))
             continue
         length = len(example.token_ids) + len(example.images) * (config.vision.num_patches - 1)
         report.cut += length > config.max_length
@@ -211,6 +212,13 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.groups)
 
+    def checksum(self) -> int:
+        """A number that tells other texts, images or another order from these."""
+        value = 0
+        for example in (example for examples in self.groups for example in examples):
+            value = zlib.crc32("\0".join(example.images).encode(), zlib.crc32(example.token_ids, value))
+        return value
+
     def batches(self, numbers: Iterable[int], rows_at_once: int = 0) -> list[Batch]:
         """The chosen groups packed into rows, ``rows_at_once`` of them in each micro-batch (0: all in one).
 
@@ -224,6 +232,12 @@ class Dataset:
         rows = pack((doc for examples in whole for doc in documents(examples, patches, limit)), limit)
         step = rows_at_once or max(1, len(rows))
         return [collate(rows[i : i + step], patches, pixels.__getitem__) for i in range(0, len(rows), step)]
+
+    def damage(self) -> str:
+        """How much was left out for images that failed in decoding, in words; "" where nothing was."""
+        examples = (example for examples in self.groups for example in examples)
+        records = sum(not self.broken.isdisjoint(example.images) for example in examples)
+        return f"skipped: {records:,} records, for {len(self.broken):,} damaged images" if records else ""
 
     def load(self, name: str) -> torch.Tensor | None:
         try:

@@ -5,8 +5,13 @@ A run folder is a checkpoint folder at every moment after its first save: it can
 
 import ctypes
 import json
+import math
+import os
+import pickle
 import resource
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +21,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nanollava.checkpoint import write
+from nanollava.checkpoint import load, write
 from nanollava.conversation import IGNORE
 from nanollava.error import Error
-from nanollava.folder import atomic_folder, last_good
+from nanollava.folder import atomic_folder, first_line, last_good, read_json
 from nanollava.llava import Batch, Llava
 from nanollava.train.data import Dataset
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
-from nanollava.train.stages import Stage, freeze, parameter_table
+from nanollava.train.stages import STAGES, Stage, freeze, parameter_table
 
 
 @dataclass
@@ -50,17 +55,37 @@ def train(
     model: Llava, stage: Stage, data: Dataset, val: Dataset | None, out: Path, options: Options, resume: bool = False
 ) -> None:
     """Train in place and leave the result in the folder ``out``. Raises Error where ``out`` does not suit."""
-    return Run(model, stage, data, val, out, options).run(resume)
+    check_out(out, resume)
+    Run(model, stage, data, val, out, options).run(resume)
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Raises Error where a new run cannot begin in ``out``, or where there is none to resume. Changes nothing in it."""
+    folder = last_good(out)
+    unfinished = (folder / "training.pt").is_file()
+    if resume and not unfinished and (folder / "config.json").is_file():
+        stage = read_json(folder / "config.json").get("stage") or "a model"
+        raise Error(f"{out}: nothing to resume: it holds {stage}, finished; choose another --out for a new run")
+    if resume and not unfinished:
+        raise Error(f"{out}: nothing to resume: no checkpoint was saved there; start without --resume")
+    if not resume and folder.exists():
+        raise Error(f"{out} exists: {'go on with --resume, or ' if unfinished else ''}choose another --out")
+    try:
+        out.resolve().parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.resolve().parent).close()
+    except OSError as error:
+        raise Error(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
 
 
 class Run:
     def __init__(self, model: Llava, stage: Stage, data: Dataset, val: Dataset | None, out: Path, options: Options):
         self.model, self.stage, self.data, self.val, self.out, self.options = model, stage, data, val, out, options
         freeze(model, stage)
-        model.config.stage = stage.name
+        model.config.stage = stage.name if stage.name in STAGES else ""
+        model.config.template = stage.template
         self.on_cuda = model.device.type == "cuda"
-        rates = {"projector": options.projector_lr or options.lr, "language": options.lr}
-        parts = [(getattr(model, part), rates[part]) for part in stage.trained]
+        self.rates = {"projector": options.projector_lr or options.lr, "language": options.lr}
+        parts = [(getattr(model, part), self.rates[part]) for part in stage.trained]
         self.optimizers = make_optimizers(parts, options.optimizer, options.weight_decay)
         self.step, self.metrics = 0, []
         self.tokens, self.waited, self.started, self.first = 0, 0.0, time.perf_counter(), 0
@@ -68,25 +93,22 @@ class Run:
     def run(self, resume: bool) -> None:
         if resume:
             self.restore()
-        elif last_good(self.out).exists():
-            raise Error(f"{self.out} exists: go on with --resume, or choose another --out")
         print(parameter_table(self.model), flush=True)
         keep_freed_memory()
-        hidden = self.model.language.hidden
-        if self.options.compile:
-            self.model.language.hidden = torch.compile(hidden, dynamic=True)
-        try:
-            self.loop()
-        finally:
-            self.model.language.__dict__.pop("hidden", None)
+        if self.options.compile and can_compile(self.on_cuda):
+            for block in self.model.language.layers:  # one compilation serves all: the blocks differ in weights alone
+                block.compile(dynamic=True)
+        self.loop()
         self.save(final=True)
+        for damage in filter(None, (data.damage() for data in (self.data, self.val) if data)):
+            print(damage, flush=True)
 
     def loop(self) -> None:
         self.first, self.started = self.step, time.perf_counter()
         for batches in self.prefetch():
             entry = self.update(batches)
             last = self.step == self.options.steps
-            if last or (self.options.val_every and self.step % self.options.val_every == 0):
+            if self.val and (last or (self.options.val_every and self.step % self.options.val_every == 0)):
                 entry["val_loss"] = self.validate()
             self.report(entry, last)
             if self.options.save_every and self.step % self.options.save_every == 0 and not last:
@@ -95,23 +117,29 @@ class Run:
     def update(self, batches: list[Batch]) -> dict:
         """One optimizer step on micro-batches; the loss is the mean over all their target tokens."""
         share = warmup_cosine(self.step, self.options.steps, self.options.warmup)
-        targets = sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)
         set_learning_rate(self.optimizers, share)
-        total = 0.0
-        for batch in batches:
-            loss = self.loss(batch)
-            (loss / max(1, targets)).backward()
-            total += loss.item()
+        loss = self.backward(batches)
         norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.options.clip)
+        self.step += 1
+        if not math.isfinite(loss + norm):
+            what = "gradient" if math.isfinite(loss) else "loss"
+            raise Error(f"step {self.step}: the {what} is not a finite number; start again with a lower --lr")
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        self.step += 1
+        rates = {"lr": share * self.options.lr, "projector_lr": share * self.rates["projector"]}
+        return {"step": self.step, "loss": loss, **rates, "grad_norm": float(norm)}
+
+    def backward(self, batches: list[Batch]) -> float:
+        """The mean loss over all target tokens of the micro-batches, and its gradients."""
+        targets = max(1, sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches))
         self.tokens += sum(int((b.documents >= 0).sum()) for b in batches)
-        loss = total / max(1, targets)
-        if loss != loss:
-            raise Error(f"step {self.step}: the loss is not a number; go back to the last checkpoint with a lower --lr")
-        return {"step": self.step, "loss": loss, "lr": share * self.options.lr, "grad_norm": float(norm)}
+        total = 0.0
+        for batch in batches:
+            loss = self.loss(batch)
+            (loss / targets).backward()
+            total += loss.item()
+        return total / targets
 
     def loss(self, batch: Batch) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=self.on_cuda):
@@ -132,10 +160,8 @@ class Run:
                 yield batches
 
     @torch.no_grad()
-    def validate(self) -> float | None:
+    def validate(self) -> float:
         """Mean loss over the target tokens of the validation set."""
-        if not self.val:
-            return None
         total, targets = 0.0, 0
         for first in range(0, len(self.val), self.options.batch_size):
             numbers = range(first, min(first + self.options.batch_size, len(self.val)))
@@ -151,7 +177,7 @@ class Run:
         self.metrics.append(entry)
         if last or "val_loss" in entry or self.step % self.options.log_every == 0 or self.step == self.first + 1:
             left = elapsed / (self.step - self.first) * (self.options.steps - self.step)
-            val = f"  val {entry['val_loss']:.4f}" if entry.get("val_loss") is not None else ""
+            val = f"  val {entry['val_loss']:.4f}" if "val_loss" in entry else ""
             print(
                 f"{self.stage.name} {self.step:>5}/{self.options.steps}  loss {entry['loss']:.4f}{val}  "
                 f"{entry['tokens_per_s']:,} tokens/s  waiting for data {100 * self.waited / elapsed:.0f}%  "
@@ -171,25 +197,34 @@ class Run:
     def fingerprint(self) -> dict:
         """What must be the same for a resumed run to give the losses of an undisturbed one."""
         shaping = {k: v for k, v in asdict(self.options).items() if not k.endswith("_every") and k != "compile"}
-        return {"stage": self.stage.name, "groups": len(self.data), "options": shaping}
+        return {
+            "stage": self.stage.name,
+            "config": asdict(self.model.config),
+            "data": f"{len(self.data):,} groups of records (checksum {self.data.checksum():08x})",
+            "options": shaping,
+        }
 
     def restore(self) -> None:
         """Load weights, optimizer and place in the data from ``out``."""
-        from nanollava.checkpoint import load
-
         folder = last_good(self.out)
-        if not (folder / "training.pt").is_file():
-            raise Error(f"{self.out}: nothing to resume (no training.pt): the run is over or never saved")
-        state = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+        state = read_state(folder / "training.pt")
         for name, value in self.fingerprint().items():
-            if state[name] != value:
-                raise Error(f"{self.out}: was trained with another {name}: {differences(state[name], value)}")
-        self.model.load_state_dict(load(folder, device=self.model.device).state_dict())
+            if state.get(name) != value:
+                raise Error(f"{self.out}: the run there has a different {name}: {differences(state.get(name), value)}")
+        self.model.load_state_dict(load(folder, dtype=torch.float32).state_dict())
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step = state["step"]
         self.metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         print(f"resuming at step {self.step} of {self.options.steps}", flush=True)
+
+
+def read_state(file: Path) -> dict:
+    """What ``save`` left for --resume. Raises Error where it is damaged."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise Error(f"{file}: damaged ({first_line(error)}); choose another --out and start again") from error
 
 
 def draw(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:
@@ -220,6 +255,14 @@ def peak_memory(on_cuda: bool) -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def can_compile(on_cuda: bool) -> bool:
+    """Whether torch.compile will work: on a CPU it needs a C++ compiler. Says so where there is none."""
+    found = on_cuda or any(map(shutil.which, ("c++", "g++", "clang++", os.environ.get("CXX", "c++"))))
+    if not found:
+        print("no C++ compiler found: training without torch.compile, more slowly")
+    return found
 
 
 def keep_freed_memory() -> None:

@@ -79,7 +79,8 @@ def ours(theirs):
     projector = theirs.model.multi_modal_projector.state_dict().items()
     layers = {"linear_1": "0", "linear_2": "2"}
     model.projector.load_state_dict({layers[name[:8]] + name[8:]: tensor for name, tensor in projector})
-    model.language.load_state_dict({**theirs.model.language_model.state_dict(), "lm_head.weight": theirs.lm_head.weight})
+    decoder = theirs.model.language_model.state_dict()
+    model.language.load_state_dict(decoder | {"lm_head.weight": theirs.lm_head.weight})
     return model
 
 

@@ -1,0 +1,500 @@
+"""Records become batches: however they are packed, loss and gradients are those of the records one by one.
+
+The oracle takes each record alone through `encode` and the plain forward pass, without documents, branches or rows.
+"""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from nanollava.conversation import IGNORE, encode, images_from_record, messages_from_record
+from nanollava.error import Error
+from nanollava.images import preprocess
+from nanollava.llama import LlamaConfig
+from nanollava.llava import NO_FEATURE, Llava, LlavaConfig, Spliced
+from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
+from nanollava.tokenizer import Tokenizer
+from nanollava.train.data import (
+    Dataset,
+    Document,
+    Example,
+    collate,
+    documents,
+    group,
+    group_by_image,
+    image_path,
+    pack,
+    read_json,
+    read_records,
+)
+from nanollava.vit import VisionConfig
+
+N = 4  # patches of an image
+VISION = VisionConfig(16, 8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+LANGUAGE = LlamaConfig(400, 16, 16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+
+
+def config(max_length: int = 512, aspect: str = "crop") -> LlavaConfig:
+    return LlavaConfig(VISION, LANGUAGE, "mlp2x_gelu", image_aspect_ratio=aspect, max_length=max_length)
+
+
+def record(name: str, image: str | list[str] | None, *turns: str) -> dict:
+    """An official record: human and gpt in turn."""
+    conversations = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+    return {"id": name, **({"image": image} if image else {}), "conversations": conversations}
+
+
+MIXED = [  # about a: questions that begin alike, and one of two turns; several images; one image twice; text only
+    record("a1", "a.png", "<image>\nWhat color is the ball?", "The ball is blue."),
+    record("t1", None, "What is a square?", "It has four sides."),
+    record("a2", "a.png", "<image>\nWhat color is the star?", "Red."),
+    record("b1", "b.png", "What is this?\n<image>", "A star.", "And its size?", "It is small."),
+    record("a3", "a.png", "<image>\nIs there a circle?", "There are three: a big green one and two small ones."),
+    record("ab", ["a.png", "b.png"], "Here <image> and there <image>: the same?", "No."),
+    record("c2", "c.png", "<image>\nOne?", "Yes.", "<image>\nOnce more?", "Yes, again."),
+    record("t2", None, "What is a square?", "Four equal sides."),
+    record("a4", "a.png", "<image>\nWhat color is the star?", "Red."),  # the same once more
+]
+CAPTIONS = [
+    record("a1", "a.png", "<image>\nDescribe it.", "A blue ball."),
+    record("a2", "a.png", "Tell me.\n<image>", "A blue ball and a star."),
+    record("b1", "b.png", "<image>", "Three stars."),
+    record("a3", "a.png", "<image>", "The ball."),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer_file):
+    return Tokenizer(tiny_tokenizer_file)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three pictures of noise."""
+    folder = tmp_path_factory.mktemp("images")
+    for seed, name in enumerate(["a.png", "b.png", "c.png"]):
+        values = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def read(tmp_path, folder, tokenizer):
+    """A function: records, settings and template -> examples and report, through a JSON file."""
+
+    def read(records: list, settings: LlavaConfig | None = None, template: str = "vicuna_v1", images=folder):
+        file = tmp_path / "records.json"
+        file.write_text(json.dumps(records), encoding="utf-8")
+        return read_records(file, images, tokenizer, settings or config(), template)
+
+    return read
+
+
+@functools.cache
+def model() -> Llava:
+    torch.manual_seed(0)
+    return Llava(config()).double()
+
+
+def loss_and_gradients(losses: list[torch.Tensor]) -> list[torch.Tensor]:
+    total = sum(losses)
+    gradients = torch.autograd.grad(total, list(model().parameters()), allow_unused=True)
+    return [total.detach(), *(g for g in gradients if g is not None)]
+
+
+def one_by_one(records, tokenizer, folder, template="vicuna_v1", max_length=512):
+    """Loss, gradients and target tokens of records that never met."""
+    losses, targets = [], []
+    for item in records:
+        names = images_from_record(item)
+        token_ids, labels = encode(messages_from_record(item), tokenizer, template, images=len(names))
+        names = names * token_ids.count(IMAGE) if len(names) == 1 else names
+        pixels = [preprocess(Image.open(folder / name), 16, "crop") for name in names]
+        wide = [x for t, label in zip(token_ids, labels, strict=True) for x in [label] * (N if t == IMAGE else 1)]
+        wide = torch.tensor(wide[:max_length])
+        logits = model()(torch.tensor([token_ids]), torch.stack(pixels) if pixels else None)[0, :max_length]
+        losses.append(F.cross_entropy(logits[:-1], wide[1:], ignore_index=IGNORE, reduction="sum"))
+        targets += wide[wide != IGNORE].tolist()
+    return loss_and_gradients(losses), sorted(targets)
+
+
+def packed(groups, folder, max_length=512, rows_at_once=0):
+    """The same through Dataset, and its batches."""
+    data = Dataset(groups, folder, config(max_length))
+    batches = data.batches(range(len(groups)), rows_at_once)
+    targets = torch.cat([b.labels[b.labels != IGNORE] for b in batches])
+    return loss_and_gradients([model().loss(b) for b in batches]), sorted(targets.tolist()), batches
+
+
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Loss and gradients. The model is float64; norms, angles and the last softmax are float32 always."""
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
+
+
+def singles(examples: list[Example]) -> list[list[Example]]:
+    return [[example] for example in examples]
+
+
+# ---------------------------------------------------------------- however packed, the same loss and gradients
+
+
+@pytest.mark.parametrize("rows_at_once", [0, 1, 2], ids=lambda n: f"{n} rows at once")
+@pytest.mark.parametrize("max_length", [512, 200], ids=["long rows", "short rows"])
+@pytest.mark.parametrize("grouping", [singles, group_by_image], ids=["apart", "shared"])
+def test_packed_records_have_the_loss_and_gradients_of_records_alone(
+    grouping, max_length, rows_at_once, read, tokenizer, folder
+):
+    expected, targets = one_by_one(MIXED, tokenizer, folder)
+    examples, report = read(MIXED)
+    assert (len(examples), report.problems, report.cut) == (9, [], 0)
+    found, found_targets, batches = packed(grouping(examples), folder, max_length, rows_at_once)
+    assert found_targets == targets
+    assert_same(found, expected)
+    rows = [len(batch.token_ids) for batch in batches]
+    assert len(batches) == 1 if rows_at_once == 0 else max(rows) <= rows_at_once
+    assert sum(rows) > 1
+
+
+@pytest.mark.parametrize("grouping", [singles, group_by_image], ids=["apart", "shared"])
+def test_everything_in_one_row_is_the_same_too(grouping, read, tokenizer, folder):
+    expected, targets = one_by_one(MIXED, tokenizer, folder)
+    found, found_targets, batches = packed(grouping(read(MIXED)[0]), folder, max_length=4096)
+    assert [len(batch.token_ids) for batch in batches] == [1] and found_targets == targets
+    assert_same(found, expected)
+
+
+def test_captions_share_their_image_and_every_caption_is_learnt_from_its_first_token(read, tokenizer, folder):
+    """The first word is predicted from the last patch, so that each branch has that patch for itself."""
+    expected, targets = one_by_one(CAPTIONS, tokenizer, folder, "plain")
+    examples, _ = read(CAPTIONS, template="plain")
+    found, found_targets, (batch,) = packed(group_by_image(examples), folder)
+    assert found_targets == targets
+    assert_same(found, expected)
+    assert len(batch.pixels) == 2 and len(examples) == 4
+    lasts = [3, 3, 3, N + 3]  # the last patch of image 0 three times, of image 1 once
+    assert sorted(f for f in batch.features.flatten().tolist() if f in lasts) == lasts
+
+
+def test_a_group_too_long_for_a_row_is_split_and_still_the_same(read, tokenizer, folder):
+    questions = [record(str(i), "a.png", f"<image>\nWhat is {i}?", f"It is {i} of them, a ball.") for i in range(7)]
+    expected, targets = one_by_one(questions, tokenizer, folder)
+    examples, _ = read(questions)
+    limit = 180
+    docs = list(documents(examples, N, limit))
+    assert 1 < len(docs) < 7 and all(len(doc.positions) <= limit for doc in docs)
+    assert max(max(doc.branches) for doc in docs) > 1
+    found, found_targets, _ = packed([examples], folder, limit)
+    assert found_targets == targets
+    assert_same(found, expected)
+
+
+def test_records_longer_than_a_row_are_cut_counted_and_otherwise_learnt(read, tokenizer, folder):
+    """Both ends are lost, with an image and without; what is left is what the record alone would give, cut."""
+    limit = 120
+    records = [
+        record("a1", "a.png", "<image>\nWhat color?", "Blue. " * 30),
+        record("a2", "a.png", "<image>\nWhat shape?", "A ball. " * 30),
+        record("t1", None, "Say it.", "The square. " * 30),
+        record("t2", None, "Say it.", "Yes."),
+    ]
+    expected, targets = one_by_one(records, tokenizer, folder, max_length=limit)
+    examples, report = read(records, config(limit))
+    assert (report.cut, report.records, len(examples), report.problems) == (3, 4, 4, [])
+    for grouping in (singles, group_by_image):
+        found, found_targets, _ = packed(grouping(examples), folder, limit)
+        assert found_targets == targets
+        assert_same(found, expected)
+
+
+def test_a_record_that_just_fits_is_not_counted_as_cut(read):
+    length = len(read(MIXED[:1])[0][0].token_ids) + N - 1
+    assert [read(MIXED[:1], config(limit))[1].cut for limit in (length - 1, length, length + 1)] == [1, 0, 0]
+
+
+def test_sharing_pays_for_the_image_once(read, folder):
+    examples, _ = read(MIXED)
+    apart, shared = (packed(grouping(examples), folder)[2] for grouping in (singles, group_by_image))
+    # apart: a four times, b, a and b, c twice; shared: a once
+    assert [sum(len(b.pixels) for b in batches) for batches in (apart, shared)] == [9, 6]
+    used = [sum(int((b.documents >= 0).sum()) for b in batches) for batches in (apart, shared)]
+    beginning = examples[0].token_ids.tolist().index(IMAGE) + N
+    assert used[0] - used[1] >= 3 * beginning
+
+
+# ---------------------------------------------------------------- documents and rows, worked by hand
+
+
+def example(token_ids: list[int], labels: list[int], *images: str) -> Example:
+    return Example(np.array(token_ids, np.int32), np.array(labels, np.int32), images)
+
+
+def test_a_shared_document_worked_by_hand():
+    """`1 <image> 5` is common; 6 and 8 are predicted from the 5 in front of them, so each branch has its own 5."""
+    i, no = IGNORE, NO_FEATURE
+    one = example([1, IMAGE, 5, 6, 7], [i, i, i, 6, 7], "a")
+    two = example([1, IMAGE, 5, 8], [i, i, i, 8], "a")
+    (found,) = documents([one, two], num_patches=2, max_length=100)
+    assert found == Document(
+        columns=Spliced(
+            token_ids=[1, IMAGE, IMAGE, 5, 6, 7, 5, 8],
+            labels=[i, i, i, i, 6, 7, i, 8],
+            features=[no, 0, 1, no, no, no, no, no],
+        ),
+        positions=[0, 1, 2, 3, 4, 5, 3, 4],
+        branches=[0, 0, 0, 1, 1, 1, 2, 2],
+        images=("a",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("max_length", "branches"), [(9, [3]), (8, [2, 1]), (7, [2, 1]), (6, [1, 1, 1]), (5, [1, 1, 1])]
+)
+def test_branches_share_a_document_up_to_the_last_position(max_length, branches):
+    """`1 2 3` is common and each branch has two positions of its own: 3 + 2 + 2 + 2."""
+    examples = [example([1, 2, 3, 4, 5 + n], [IGNORE] * 4 + [5 + n]) for n in range(3)]
+    assert [max(doc.branches) for doc in documents(examples, num_patches=2, max_length=max_length)] == branches
+
+
+def test_one_example_alone_has_one_branch():
+    (found,) = documents([example([1, 5, 6], [IGNORE, IGNORE, 6])], num_patches=2, max_length=100)
+    assert found == Document(
+        Spliced([1, 5, 6], [IGNORE, IGNORE, 6], [NO_FEATURE] * 3), positions=[0, 1, 2], branches=[1, 1, 1], images=()
+    )
+
+
+def test_examples_that_begin_differently_share_nothing():
+    one, two = example([1, 5, 6], [IGNORE, IGNORE, 6]), example([2, 5, 6], [IGNORE, IGNORE, 6])
+    (found,) = documents([one, two], num_patches=2, max_length=100)
+    assert found.branches == [1, 1, 1, 2, 2, 2] and found.positions == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_target_at_the_very_beginning_leaves_nothing_to_share():
+    one, two = example([1, 5, 6], [IGNORE, 5, 6]), example([1, 5, 7], [IGNORE, 5, 7])
+    (found,) = documents([one, two], num_patches=2, max_length=100)
+    assert found.branches == [1, 1, 1, 2, 2, 2]
+
+
+def of_length(length: int) -> Document:
+    return Document(Spliced([7] * length, [7] * length, [NO_FEATURE] * length), list(range(length)), [1] * length, ())
+
+
+def test_packing_worked_by_hand():
+    """The longest first, each into the first row with room."""
+    rows = pack(map(of_length, [1, 5, 3, 7, 4]), max_length=10)
+    assert [[len(doc.positions) for doc in row] for row in rows] == [[7, 3], [5, 4, 1]]
+    assert pack([], max_length=10) == []
+
+
+def test_packing_loses_nothing_exceeds_nothing_and_opens_no_row_in_vain():
+    lengths = torch.randint(1, 101, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [[len(doc.positions) for doc in row] for row in pack(map(of_length, lengths), max_length=100)]
+    assert sorted(length for row in rows for length in row) == sorted(lengths)
+    assert max(map(sum, rows)) <= 100
+    for i, row in enumerate(rows):
+        assert all(sum(row) + later[0] > 100 for later in rows[i + 1 :])  # it did not fit where there was a row
+
+
+def test_collating_worked_by_hand():
+    """Two rows: two documents with an image each; one document without. Images are numbered through the batch."""
+    i, no = IGNORE, NO_FEATURE
+    first = Document(Spliced([1, IMAGE, IMAGE, 5], [i, i, i, 5], [no, 0, 1, no]), [0, 1, 2, 3], [1] * 4, ("a",))
+    other = Document(Spliced([1, IMAGE, IMAGE, 6], [i, i, i, 6], [no, 0, 1, no]), [0, 1, 2, 3], [0, 0, 1, 1], ("b",))
+    pixels = {"a": torch.zeros(3, 2, 2), "b": torch.ones(3, 2, 2)}
+    batch = collate([[first, other], [of_length(3)]], num_patches=2, load=pixels.__getitem__)
+    tables = {name: table for name, table in vars(batch).items() if name != "pixels"}
+    assert {tuple(table.shape) for table in tables.values()} == {(2, 64)}
+    assert {name: table[0, :9].tolist() for name, table in tables.items()} == {
+        "token_ids": [1, IMAGE, IMAGE, 5, 1, IMAGE, IMAGE, 6, 0],
+        "labels": [i, i, i, 5, i, i, i, 6, i],
+        "features": [no, 0, 1, no, no, 2, 3, no, no],
+        "positions": [0, 1, 2, 3, 0, 1, 2, 3, 0],
+        "documents": [0, 0, 0, 0, 1, 1, 1, 1, -1],
+        "branches": [1, 1, 1, 1, 0, 0, 1, 1, 0],
+    }
+    assert batch.documents[1].tolist() == [0] * 3 + [-1] * 61
+    assert batch.pixels.mean((1, 2, 3)).tolist() == [0, 1]
+
+
+def test_grouping_keeps_order_and_text_apart():
+    a, b, ab, t, u = (example([n], [n], *images) for n, images in enumerate([("a",), ("b",), ("a", "b"), (), ()]))
+    assert group_by_image([a, b, ab, t, a, u]) == [[a, a], [b], [ab], [t], [u]]
+    assert group([a, b, t], "xyx") == [[a, t], [b]]
+
+
+def test_text_alone_needs_no_pixels_and_no_folder(read, tokenizer):
+    examples, report = read([MIXED[1], MIXED[7]], images=None)
+    (batch,) = Dataset(singles(examples), None, config()).batches([1])
+    assert report.problems == [] and batch.pixels is None
+
+
+@pytest.mark.parametrize("aspect", ["crop", "pad"])
+def test_pictures_become_pixels_the_way_the_config_says(aspect, read, folder):
+    examples, _ = read(MIXED[:1])
+    (batch,) = Dataset(singles(examples), folder, config(aspect=aspect)).batches([0])
+    assert torch.equal(batch.pixels[0], preprocess(Image.open(folder / "a.png"), 16, aspect))
+
+
+def test_the_chosen_groups_are_the_ones_in_the_batch(read, folder):
+    examples, _ = read(MIXED)
+    data = Dataset(singles(examples), folder, config())
+    assert len(data) == 9
+    (batch,) = data.batches([4, 1])
+    labels = [label for n in (4, 1) for label in examples[n].labels.tolist() if label != IGNORE]
+    assert sorted(batch.labels[batch.labels != IGNORE].tolist()) == sorted(labels)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+GOOD = record("good", "a.png", "<image>\nWhat is this?", "A star.")
+BAD = {
+    "roles out of order": (
+        {"id": "x", "conversations": [{"from": who, "value": "A?"} for who in ("human", "human", "gpt")]},
+        "conversations[1].from",
+    ),
+    "no gpt turn": (record("x", None, "What is this?"), "no gpt turn"),
+    "empty answer": (record("x", None, "What is this?", "  "), "the answer is empty"),
+    "no turns": ({"id": "x", "conversations": []}, "conversations"),
+    "more marks than images": (record("x", ["a.png", "b.png"], "<image> <image> <image>?", "No."), "3 <image> marks"),
+    "marks without image": (record("x", None, "<image>\nWhat?", "No."), "no image"),
+    "missing image": (record("x", "nowhere.png", "<image>\nWhat?", "No."), "nowhere.png: the image does not exist"),
+    "image name too long": (record("x", "n" * 300 + ".png", "<image>\nWhat?", "No."), "does not exist"),
+    "empty image": (record("x", "zero.png", "<image>\nWhat?", "No."), "0 bytes"),
+    "no image at all": (record("x", "text.png", "<image>\nWhat?", "No."), "not an image"),
+    "one of two images missing": (record("x", ["a.png", "no.png"], "<image> <image>?", "No."), "no.png"),
+    "escaping image": (record("x", "../a.png", "<image>\nWhat?", "No."), "leads out of the image folder"),
+    "absolute image": (record("x", "/etc/a.png", "<image>\nWhat?", "No."), "leads out of the image folder"),
+    "image is a number": ({**GOOD, "id": "x", "image": 7}, "image: must be a path"),
+}
+
+
+@pytest.fixture
+def shelf(tmp_path, folder):
+    """A folder with a good picture, an empty file and one that is no picture."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    (shelf / "a.png").write_bytes((folder / "a.png").read_bytes())
+    (shelf / "b.png").write_bytes((folder / "b.png").read_bytes())
+    (shelf / "zero.png").touch()
+    (shelf / "text.png").write_text("not a picture")
+    return shelf
+
+
+@pytest.mark.parametrize(("bad", "words"), BAD.values(), ids=BAD)
+def test_a_bad_record_is_named_with_its_fault_and_the_others_are_kept(bad, words, read, shelf):
+    examples, report = read([GOOD, bad, GOOD], images=shelf)
+    (line,) = report.problems
+    assert line.startswith("record x: ") and words in line and "\n" not in line and line.count("record x") == 1
+    assert len(examples) == 2 and report.records == 3
+
+
+def test_every_bad_record_is_named_at_once(read, shelf):
+    records = [{**bad, "id": f"x{number}"} for number, (bad, _) in enumerate(BAD.values())]
+    _, report = read([GOOD, *records, GOOD], images=shelf)
+    assert [line.split(":")[0] for line in report.problems] == [f"record x{n}" for n in range(len(BAD))]
+
+
+@pytest.mark.parametrize("bad", ["a string", ["a list"], 7, None, {"conversations": "none"}, {}])
+def test_a_record_without_id_is_named_by_its_number(bad, read):
+    examples, report = read([GOOD, bad])
+    assert len(examples) == 1 and report.problems[0].startswith("record number 1: ")
+
+
+def test_an_image_that_many_records_miss_is_reported_for_each(read):
+    lost = [record(name, "lost.png", "<image>\nWhat?", "No.") for name in ("x", "y")]
+    assert [line[:8] for line in read(lost)[1].problems] == ["record x", "record y"]
+
+
+def test_a_folder_called_records_hides_no_id(read, shelf, tmp_path, monkeypatch):
+    shelf.rename(tmp_path / "records")
+    monkeypatch.chdir(tmp_path)
+    (line,) = read([record("x", "lost.png", "<image>\nWhat?", "No.")], images="records")[1].problems
+    assert line.startswith("record x: records/lost.png")
+
+
+def test_images_without_an_image_folder_are_an_error_that_says_what_to_add(read):
+    (line,) = read([GOOD], images=None)[1].problems
+    assert line.startswith("record good: ") and "--images" in line
+
+
+def test_images_that_do_not_fit_are_an_error_and_not_cut(read, tokenizer):
+    token_ids, _ = encode(messages_from_record(GOOD), tokenizer, "vicuna_v1", images=1)
+    enough = token_ids.index(IMAGE) + N
+    examples, report = read([GOOD], config(enough))
+    assert (len(examples), report.cut, report.problems) == (1, 1, [])
+    examples, report = read([GOOD], config(enough - 1))
+    assert (len(examples), report.cut) == (0, 0) and "1 images do not fit" in report.problems[0]
+
+
+def test_captions_need_an_image(read):
+    (line,) = read([record("x", None, "What?", "A ball.")], template="plain")[1].problems
+    assert line.startswith("record x: ") and "<image>" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"id": 1}', "must be a JSON array"),
+        (b"[]", "at least one"),
+        (b'[{"id": 1}, {"id"', "not whole JSON"),
+        (b"", "not whole JSON"),
+        (b'[{"id": "\xff"}]', "not whole JSON"),
+        (None, "cannot be read"),
+    ],
+    ids=["no list", "nothing in it", "cut in the middle", "zero bytes", "not text", "missing"],
+)
+def test_a_file_that_is_no_list_of_records_is_an_error_that_names_it(content, words, tmp_path):
+    file = tmp_path / "chat.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(Error, match=words) as caught:
+        read_json(file)
+    assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../x.jpg", "/x.jpg", "a/../../x.jpg", "..", "a\\..\\x.jpg", "C:\\x.jpg"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(name):
+    with pytest.raises(Error, match="leads out"):
+        image_path("images", name)
+
+
+def test_names_of_the_official_files_stay_inside_the_folder():
+    for name in ("000000000042.jpg", "coco/train2017/000000000042.jpg", "vg/VG_100K_2/1.jpg", "a..b.jpg", "./x.jpg"):
+        assert image_path("images", name).resolve().is_relative_to(image_path("images", ".").resolve())
+
+
+# ---------------------------------------------------------------- damage that only decoding shows
+
+
+@pytest.fixture
+def half(shelf):
+    """A picture whose file breaks off behind its header."""
+    content = (shelf / "a.png").read_bytes()
+    (shelf / "half.png").write_bytes(content[: len(content) // 2])
+    return shelf
+
+
+def test_a_picture_that_breaks_off_is_skipped_with_a_line_and_counted(half, read, tokenizer, folder, capsys):
+    one = record("x", "half.png", "<image>\nA?", "No.")
+    two = record("y", ["b.png", "half.png"], "<image> <image>?", "No.")
+    examples, report = read([GOOD, one, MIXED[1], two], images=half)
+    assert len(examples) == 4 and report.problems == []  # its header is good
+    data = Dataset(singles(examples), half, config())
+    losses = [model().loss(batch) for batch in data.batches(range(4))]
+    assert data.broken == {"half.png"}
+    assert_same(loss_and_gradients(losses), one_by_one([GOOD, MIXED[1]], tokenizer, folder)[0])
+    data.batches(range(4))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("skipped: ") and "half.png" in lines[0]
+
+
+def test_a_batch_of_nothing_but_damage_is_empty(half, read):
+    examples, _ = read([record("x", "half.png", "<image>\nWhat?", "No.")], images=half)
+    data = Dataset(singles(examples), half, config())
+    assert data.batches([0]) == [] and data.batches([0], rows_at_once=2) == []

@@ -1,0 +1,180 @@
+"""The miniature world: what is drawn, what is said of it, what is kept apart."""
+
+import json
+import random
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nanollava.conversation import messages_from_record
+from nanollava.miniature import language, scenes, teacher, world
+from nanollava.miniature.language import KINDS, NUMBERS
+from nanollava.miniature.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing, draw, random_scene
+
+SCENE = Scene((Thing(0, "large", "red", "star"), Thing(2, "small", "red", "heart"), Thing(7, "small", "blue", "star")))
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    world.build(folder, world.WorldSize(train=80, val=12, test=24, text=30, records=8))
+    return folder
+
+
+def some_scenes(count: int, split: str = "train") -> list[Scene]:
+    rng = random.Random(7)
+    return [random_scene(rng, split) for _ in range(count)]
+
+
+def test_no_scene_belongs_to_two_splits_in_any_file(small_world):
+    seen = {split: {i.scene for i in world.read_split(small_world, split)} for split in ("train", "val", "test")}
+    for record in json.loads((small_world / "text.json").read_text()):
+        told = language.parse_description(record["conversations"][0]["value"])
+        seen["train"].add(scenes.make_scene(told))
+    assert all(scene.split == split for split, found in seen.items() for scene in found)
+    assert not seen["train"] & seen["test"] and not seen["train"] & seen["val"] and not seen["val"] & seen["test"]
+
+
+def test_boxes_alone_give_back_the_scene_that_was_drawn():
+    for seed, scene in enumerate(some_scenes(200)):
+        _, boxes = draw(scene, seed)
+        instances = [{"category": t.name, "bbox": box} for t, box in zip(scene.things, boxes, strict=True)]
+        assert teacher.scene_from_boxes(instances, scenes.PIXELS) == scene
+
+
+def test_every_thing_is_painted_in_its_colour_inside_its_box_and_its_cell():
+    for seed, scene in enumerate(some_scenes(60)):
+        image, boxes = draw(scene, seed)
+        for thing, (x, y, width, height) in zip(scene.things, boxes, strict=True):
+            middle = np.array(image)[round(y + height / 2), round(x + width / 2)].astype(int)
+            assert np.abs(middle - COLOURS[thing.colour]).max() < 12
+            assert min(x, y) > -2 and max(x + width, y + height) < 98  # a tilted tip may just leave the picture
+            assert (int(3 * (x + width / 2) / 96), int(3 * (y + height / 2) / 96)) == (thing.column, thing.row)
+
+
+def test_near_misses_differ_from_the_scene_and_keep_its_number_of_things():
+    rng = random.Random(0)
+    for scene in some_scenes(50):
+        others = scenes.near_misses(scene, rng, 3)
+        assert len({scene, *others}) == 4
+        assert all(len(o.things) == len(scene.things) and o.split == scene.split for o in others)
+
+
+def test_a_reference_fits_one_thing_only_and_hides_what_is_asked():
+    things = SCENE.things
+    assert "the heart" in language.references(SCENE, things[1], "colour")
+    assert "the large star" in language.references(SCENE, things[0], "colour")
+    assert "the star" not in language.references(SCENE, things[0], "colour")
+    assert "the blue object" in language.references(SCENE, things[2], "shape")
+    for thing in things:
+        for hidden, word in (("colour", thing.colour), ("shape", thing.shape), ("size", thing.size)):
+            assert all(word not in phrase.split() for phrase in language.references(SCENE, thing, hidden))
+
+
+def matching(scene: Scene, words: list[str]) -> list[Thing]:
+    """The things that fit every word of a noun phrase, read word by word: not how the phrases were made."""
+    singular = [
+        w.removesuffix("es") if w == "crosses" else w.removesuffix("s") if w[:-1] in SHAPES else w for w in words
+    ]
+    return [
+        t for t in scene.things if all(w not in (*SIZES, *COLOURS, *SHAPES) or w in t.name.split() for w in singular)
+    ]
+
+
+def test_answers_on_one_scene_are_those_that_a_person_would_give():
+    rng, asked = random.Random(1), defaultdict(set)
+    for kind in KINDS:
+        for _ in range(400):
+            question = language.ask(SCENE, kind, rng)
+            asked[kind].add((question.text, question.answer))
+    expected = {
+        ("What colour is the heart?", "It is red."),
+        ("What shape is the blue object?", "It is a star."),
+        ("Is the blue star large or small?", "It is small."),
+        ("How many stars are there?", "There are two."),
+        ("How many objects are there?", "There are three."),
+        ("Is there a blue heart?", "No, there is not."),
+        ("Is there a red heart?", "Yes, there is."),
+        ("Where is the heart?", "It is in the top right corner."),
+        ("Is the heart to the left or to the right of the blue star?", "It is to the right of it."),
+        ("What shape is the object to the right of the blue star?", "That is the red heart, so it is a heart."),
+        (
+            "How many objects would be left without the stars?",
+            "There are three and two would go, so one would be left.",
+        ),
+    }
+    assert expected <= set().union(*asked.values())
+
+
+@pytest.mark.parametrize("kind", ["count", "remaining"])
+def test_counts_agree_with_counting(kind):
+    rng = random.Random(2)
+    for scene in some_scenes(300):
+        question = language.ask(scene, kind, rng)
+        named = matching(scene, question.text.rstrip("?.").replace(",", "").split())
+        words = [w for w in question.answer.rstrip(".").replace(",", "").split() if w in NUMBERS]
+        numbers = [NUMBERS.index(w) for w in words]
+        total = len(scene.things)
+        assert numbers == ([len(named)] if kind == "count" else [total, len(named), total - len(named)])
+
+
+def test_existence_agrees_with_looking():
+    rng = random.Random(3)
+    for scene in some_scenes(300):
+        question = language.ask(scene, "existence", rng)
+        assert question.answer.startswith("Yes") == bool(matching(scene, question.text.rstrip("?").split()))
+
+
+@pytest.mark.parametrize("kind", ["existence", "relation", "size"])
+def test_guessing_a_two_way_question_is_right_half_of_the_time(kind):
+    rng, answers = random.Random(4), defaultdict(Counter)
+    for scene in some_scenes(3000):
+        if question := language.ask(scene, kind, rng):
+            answers[question.wording][question.answer] += 1
+    for counts in answers.values():
+        assert max(counts.values()) / counts.total() < 0.55  # 3 standard deviations of 1,000 fair draws: 0.05
+
+
+def test_a_description_read_back_is_the_scene():
+    rng = random.Random(5)
+    for scene in some_scenes(200):
+        assert language.parse_description(language.describe(scene, rng).answer) == list(scene.things)
+        assert sorted(language.parse_description(language.caption(scene, rng))) == list(scene.things)
+        named = language.parse_names(language.caption(scene, rng, places=False))
+        assert sorted(named) == sorted((t.size, t.colour, t.shape) for t in scene.things)
+
+
+def test_a_wrong_description_is_not_read_as_the_scene():
+    text = language.describe(SCENE, random.Random(0)).answer
+    assert language.parse_description(text.replace("blue star", "green star")) != list(SCENE.things)
+    assert language.parse_description(text + " There is a small pink cross in the centre.") != list(SCENE.things)
+    assert language.parse_description(text.replace(PLACES[7], PLACES[8])) != list(SCENE.things)
+
+
+def test_records_are_official_and_in_the_paper_s_proportions(small_world):
+    records = json.loads((small_world / "instruct.json").read_text())
+    kinds = Counter(record["kind"] for record in records)
+    for kind, share in teacher.PROPORTIONS.items():
+        assert abs(kinds[kind] / len(records) - share / 158) < 0.06  # 3 standard deviations of 640 draws
+    for record in records:
+        messages = messages_from_record(record)
+        assert messages[0]["content"].count("<image>") == 1
+        assert len(record["wordings"]) == len(messages) / 2
+        assert (small_world / "images" / record["image"]).is_file()
+
+
+def test_instructions_are_true_of_the_boxes_not_of_pixels(small_world):
+    """The teacher sees captions and boxes: with a box moved in the annotations its records follow the annotations."""
+    image = world.read_split(small_world, "train")[0]
+    moved = replace(image, scene=SCENE)
+    told = " ".join(t["value"] for r in world.instructions(40, moved) for t in r["conversations"])
+    assert "heart" in told and "large red star in the top left corner" in told
+
+
+def test_a_world_is_the_same_every_time(small_world, tmp_path):
+    world.build(tmp_path, world.WorldSize(train=80, val=12, test=24, text=30, records=8))
+    files = sorted(p.relative_to(small_world) for p in small_world.rglob("*") if p.is_file())
+    assert len(files) == 80 + 12 + 24 + 6 + 4
+    assert all((tmp_path / f).read_bytes() == (small_world / f).read_bytes() for f in files)
