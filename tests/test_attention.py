@@ -176,7 +176,7 @@ def test_blocks_that_the_mask_empties_are_not_computed():
 def test_the_mask_is_traced_into_one_graph_and_new_batches_do_not_compile_again():
     """What CUDA does, with a compiler that only records: the kernel must survive other lengths and documents."""
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
-    graphs = []
+    graphs, compiled_after = [], []
     torch._dynamo.reset()
     kernel = torch.compile(
         flex.flex_attention, dynamic=True, fullgraph=True, backend=lambda g, _: graphs.append(g) or g.forward
@@ -188,7 +188,8 @@ def test_the_mask_is_traced_into_one_graph_and_new_batches_do_not_compile_again(
         blocks = attention(mask, 2, length, length, CPU, how="flex").keywords["block_mask"]
         found = kernel(q, k, v, block_mask=blocks, enable_gqa=True)
         torch.testing.assert_close(found, run("plain", mask, q, k, v), rtol=1e-5, atol=2e-6)
-    assert len(graphs) <= 3  # one of the kernel and those of its two helpers, all at the first length
+        compiled_after.append(len(graphs))
+    assert compiled_after[0] > 0 and len(set(compiled_after)) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has its kernel and its backward on CUDA only")

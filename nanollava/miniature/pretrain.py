@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 
 from nanollava.attention import Mask, attention
 from nanollava.checkpoint import load_vision, save_language, save_vision
-from nanollava.conversation import messages_from_record, render
+from nanollava.conversation import IGNORE, messages_from_record, render
 from nanollava.images import open_image, preprocess
 from nanollava.llama import LlamaConfig
 from nanollava.llava import Llava, LlavaConfig, pad
 from nanollava.miniature.world import FAMILY, Annotated, read_split
 from nanollava.tokenizer import Tokenizer, load_tokenizer
-from nanollava.train.data import Dataset, group, read_json, read_records
+from nanollava.train.data import Dataset, Example, group, make_example, read_json
 from nanollava.train.loop import Options, keep_freed_memory, train
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
 from nanollava.train.stages import Stage
@@ -143,18 +144,27 @@ def draw_families(images: list[Annotated], steps: int, families: int) -> Iterato
 def pretrain_language(world: Path, folder: Path, tokenizer: Tokenizer, vision: Path, steps: int, resume: bool = False):
     """Train a small chat model on the world's conversations in words; leave it in ``folder``, an official one."""
     torch.manual_seed(0)
-    config = LlavaConfig(load_vision(vision).config, language_config(tokenizer), max_length=320)
+    config = LlavaConfig(load_vision(vision).config, language_config(tokenizer), max_length=192)
     model = Llava(config, tokenizer)
     initialise(model)
-    examples, _ = read_records(world / "text.json", None, tokenizer, config, LANGUAGE_STAGE.template)
-    names = [record["id"].split("-")[0] for record in read_json(world / "text.json")]
-    data = Dataset(group(examples, names), None, config)
+    records = read_json(world / "text.json")
+    examples = [make_text(record, tokenizer, config) for record in records]
+    subjects = [(record["id"].split("-")[0], record["kind"] == "summary") for record in records]
+    data = Dataset(group(examples, subjects), None, config)
     stage = LANGUAGE_STAGE
-    options = Options(
-        stage.lr, None, stage.batch_size, steps, optimizer="muon", save_every=500, log_every=50, compile=True
-    )
+    options = Options(stage.lr, None, stage.batch_size, steps, optimizer="muon", save_every=500, log_every=50)
     train(model, LANGUAGE_STAGE, data, None, folder.with_name(folder.name + ".run"), options, resume)
     save_language(model.language, tokenizer, folder)
+
+
+def make_text(record: dict, tokenizer: Tokenizer, config: LlavaConfig) -> Example:
+    """A conversation, or, for a summary, bare text of which only the summary is learnt: what stage 1 will ask
+    for, with image tokens in place of what is told."""
+    if record["kind"] != "summary":
+        return make_example(record, tokenizer, config, LANGUAGE_STAGE.template)
+    told, summary = (turn["value"] for turn in record["conversations"])
+    ids, told_ids = tokenizer.encode(f"{told} {summary}\n"), tokenizer.encode(told)
+    return Example(np.array(ids, np.int32), np.array([IGNORE] * len(told_ids) + ids[len(told_ids) :], np.int32), ())
 
 
 def language_config(tokenizer: Tokenizer) -> LlamaConfig:

@@ -40,8 +40,8 @@ class Recipe:
 
 
 RECIPES = {
-    "demo": Recipe(world.WorldSize(train=21_600, text=8_000), 1300, 1200, 300, 3300),
-    "full": Recipe(world.WorldSize(train=40_000, text=15_000), 3600, 2400, 400, 9000),
+    "demo": Recipe(world.WorldSize(train=21_600, text=8_000), 1000, 900, 250, 3000),
+    "full": Recipe(world.WorldSize(train=21_600, text=8_000), 1300, 1200, 300, 8000),
     "smoke": Recipe(world.WorldSize(80, 12, 60, 40), 4, 4, 3, 4, per_kind=12),
 }
 SAMPLE = Scene(
@@ -69,14 +69,14 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
     shared = ["--images", drawn / "images", "--log-every", 50]
     with clock.step("stage 1", "Stage 1, feature alignment: the projector learns to caption"):
         run_stage(command, stage1, [
-            "stage1", "--vision", clip, "--language", vicuna, "--projector", "mlp2x_gelu", "--max-length", 320,
+            "stage1", "--vision", clip, "--language", vicuna, "--projector", "mlp2x_gelu", "--max-length", 192,
             "--data", drawn / "captions.json", "--batch-size", 64, "--steps", recipe.stage1_steps, *shared,
         ])  # fmt: skip
     with clock.step("stage 2", "Stage 2, visual instruction tuning: projector and language model learn to converse"):
         run_stage(command, stage2, [
             "stage2", "--model", stage1, "--data", drawn / "instruct.json", "--val", drawn / "instruct_val.json",
             "--share-images", "--batch-size", 6, "--steps", recipe.stage2_steps, "--val-every", 500,
-            "--optimizer", "muon", "--lr", "6e-3", "--compile", *shared,
+            "--optimizer", "muon", "--lr", "6e-3", *shared,
         ])  # fmt: skip
     with clock.step("evaluation", "Evaluation: answers generated about scenes never seen"):
         if bundle:

@@ -27,12 +27,12 @@ def scene_from_boxes(instances: list[dict], side: float) -> Scene:
 
 
 def questions(scene: Scene, kind: str, rng: random.Random) -> list[Question]:
-    """The turns of one record of ``kind``: one to three for a conversation, one for the others."""
+    """The turns of one record of ``kind``: up to six for a conversation, one for the others."""
     if kind == "detail":
         return [describe(scene, rng)]
     if kind == "reasoning":
         return [ask_one(scene, REASONING, rng)]
-    turns = [ask_one(scene, PERCEPTION, rng) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
+    turns = [ask_one(scene, PERCEPTION, rng) for _ in range(rng.randint(3, 6))]
     return list({turn.text: turn for turn in turns}.values())
 
 
@@ -55,14 +55,16 @@ def instruction_records(image_id: int, image: str, scene: Scene, rng: random.Ran
 
 
 def text_records(scene_id: int, scene: Scene, rng: random.Random, count: int) -> list[dict]:
-    """``count`` records without an image: the scene is told in words, then asked about. They are what the miniature's
-    language model learns before it has ever seen anything."""
+    """``count`` records without an image: the scene is told in words, then asked about, or, once in five, summed up.
+    They are what the miniature's language model learns before it has ever seen anything."""
     told = describe(scene, rng).answer if rng.random() < 0.5 else caption(scene, rng)
-    kinds = rng.choices(list(PROPORTIONS), PROPORTIONS.values(), k=count)
+    kinds = rng.choices([*PROPORTIONS, "summary"], [*PROPORTIONS.values(), 40], k=count)
     records = []
     for number, kind in enumerate(kinds):
-        turns = questions(scene, kind, rng)
-        records.append(record(f"{scene_id:012d}-{number}", turns, f"{told}\n{turns[0].text}"))
+        summary = Question(kind, kind, "", caption(scene, rng, places=False))
+        turns = [summary] if kind == "summary" else questions(scene, kind, rng)
+        first = f"{told}\n{turns[0].text}".rstrip()
+        records.append(record(f"{scene_id:012d}-{number}", turns, first) | {"kind": kind})
     return records
 
 

@@ -29,7 +29,7 @@ class WorldSize:
     val: int = 600
     test: int = 1_200
     text: int = 24_000  # scenes told in words
-    records: int = 8  # for each image, and for each scene told in words
+    records: int = 5  # for each image, and for each scene told in words
 
 
 def build(folder: Path, size: WorldSize, seed: int = 0) -> None:

@@ -1,0 +1,643 @@
+"""The training commands as they are typed: loss and rates by hand, resuming bit for bit, and all that can be wrong.
+
+The oracle for losses and gradients takes each record alone through `encode` and the plain forward pass.
+"""
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from nanollava import checkpoint
+from nanollava.checkpoint import load
+from nanollava.conversation import IGNORE, encode, messages_from_record
+from nanollava.images import preprocess
+from nanollava.llama import Llama, LlamaConfig
+from nanollava.llava import Llava
+from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
+from nanollava.tokenizer import load_tokenizer
+from nanollava.train import loop
+from nanollava.train.data import Dataset
+from nanollava.train.loop import draw
+
+N = 4  # patches of an image
+
+
+def record(name: str, image: str | list[str] | None, *turns: str) -> dict:
+    """An official record: human and gpt in turn."""
+    conversations = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+    return {"id": name, **({"image": image} if image else {}), "conversations": conversations}
+
+
+CAPTIONS = [record(f"c{i}", f"{name}.png", "<image>", f"A ball and {i} stars.") for i, name in enumerate("abcd")]
+TALKS = [
+    record("a1", "a.png", "<image>\nWhat color is the ball?", "The ball is blue."),
+    record("t1", None, "What is a square?", "It has four sides."),
+    record("a2", "a.png", "<image>\nWhat color is the star?", "Red."),
+    record("b1", "b.png", "What is this?\n<image>", "A star.", "And its size?", "It is small."),
+    record("a3", "a.png", "<image>\nIs there a circle?", "There are three: a big green one and two small ones."),
+    record("t2", None, "What is a circle?", "It is round."),
+]
+MODEL_LINE = re.compile(
+    r"stage1 +(\d+)/40  loss \d+\.\d{4}  [\d,]+ tokens/s  waiting for data \d+%  \d+\.\d GB  \d+:\d\d left"
+)
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory):
+    """A function: records -> a JSON file of them."""
+
+    def write(records: list, name: str = "records.json") -> Path:
+        file = tmp_path_factory.mktemp("data") / name
+        file.write_text(json.dumps(records), encoding="utf-8")
+        return file
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def captions(write) -> Path:
+    return write(CAPTIONS)
+
+
+@pytest.fixture(scope="module")
+def talks(write) -> Path:
+    return write(TALKS)
+
+
+@pytest.fixture(scope="module")
+def aligned(trainer, captions) -> Path:
+    """The result of a short stage 1: what stage 2 begins with."""
+    assert trainer.stage(1, captions, captions.parent / "stage1", "--steps", 2, "--batch-size", 2) == 0
+    return captions.parent / "stage1"
+
+
+def metrics(folder: Path, *names: str) -> list:
+    """The lines of metrics.jsonl: whole, or the named fields of each."""
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(entry[name] for name in names) for entry in entries] if names else entries
+
+
+def refused(capsys, status: int, *words: str) -> str:
+    """The last line on stderr, after seeing that the command ended as a user's mistake does: status 2, no traceback."""
+    lines = capsys.readouterr().err.splitlines()
+    assert status == 2 and lines[-1].startswith("error: ")
+    assert sum(line.startswith("error: ") for line in lines) == 1 and not any("Traceback" in line for line in lines)
+    for word in words:
+        assert word in "\n".join(lines)
+    return lines[-1]
+
+
+def one_by_one(model: Llava, records: list[dict], images: Path) -> tuple[torch.Tensor, int]:
+    """Summed loss and number of targets of records that never met."""
+    total, count = torch.zeros(()), 0
+    for item in records:
+        names = [item["image"]] if "image" in item else []
+        token_ids, labels = encode(messages_from_record(item), model.tokenizer, "vicuna_v1", images=len(names))
+        wide = [x for t, label in zip(token_ids, labels, strict=True) for x in [label] * (N if t == IMAGE else 1)]
+        pixels = [preprocess(Image.open(images / name), 16, "crop") for name in names]
+        logits = model(torch.tensor([token_ids]), torch.stack(pixels) if pixels else None)[0]
+        total = total + F.cross_entropy(logits[:-1], torch.tensor(wide[1:]), ignore_index=IGNORE, reduction="sum")
+        count += sum(label != IGNORE for label in labels)
+    return total, count
+
+
+@pytest.fixture
+def gradients():
+    """The gradients of all optimizer steps that follow, a list of tensors for each step."""
+    steps = []
+
+    def remember(optimizer, *_):
+        steps.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+
+    handle = register_optimizer_step_pre_hook(remember)
+    yield steps
+    handle.remove()
+
+
+# ---------------------------------------------------------------- one step by hand
+
+
+HOW = {
+    "all at once": (),
+    "one row at a time": ("--rows-at-once", 1),
+    "short rows": ("--max-length", 150),
+    "short rows one at a time": ("--max-length", 150, "--rows-at-once", 1),
+    "shared images": ("--share-images",),
+    "shared images, one row at a time": ("--share-images", "--max-length", 150, "--rows-at-once", 1),
+}
+
+
+@pytest.mark.parametrize("words", HOW.values(), ids=HOW)
+def test_a_step_is_the_mean_over_all_its_targets_however_it_is_cut(words, trainer, talks, aligned, tmp_path, gradients):
+    """Loss and gradients of one step against the records one by one; a, b and the two texts are four groups."""
+    size = 4 if "--share-images" in words else 6
+    settings = ("--steps", 1, "--warmup", 0, "--clip", 1e9, "--batch-size", size)
+    assert trainer.stage(2, talks, tmp_path / "out", "--model", aligned, *settings, *words) == 0
+    model = load(aligned)
+    total, count = one_by_one(model, TALKS, trainer.images)
+    parameters = [*model.projector.parameters(), *model.language.parameters()]
+    expected = torch.autograd.grad(total / count, parameters)
+    ((loss, norm),) = metrics(tmp_path / "out", "loss", "grad_norm")
+    assert loss == pytest.approx(total.item() / count, rel=1e-5)
+    assert norm == pytest.approx(sum(g.square().sum().item() for g in expected) ** 0.5, rel=1e-4)
+    (found,) = gradients
+    torch.testing.assert_close(found, list(expected), rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_are_clipped_and_the_metrics_hold_their_norm_before(trainer, talks, aligned, tmp_path, gradients):
+    words = ("--model", aligned, "--steps", 1, "--warmup", 0)
+    assert trainer.stage(2, talks, tmp_path / "free", *words, "--clip", 1e9) == 0
+    assert trainer.stage(2, talks, tmp_path / "clipped", *words, "--clip", 0.01) == 0
+    norms = [sum(g.square().sum().item() for g in step) ** 0.5 for step in gradients]
+    assert norms[0] > 0.1 and norms[1] == pytest.approx(0.01, rel=1e-3)
+    for folder in ("free", "clipped"):
+        assert metrics(tmp_path / folder, "grad_norm") == [(pytest.approx(norms[0], rel=1e-4),)]
+
+
+def test_the_projector_has_its_own_rate(trainer, talks, aligned, tmp_path):
+    """AdamW's first step moves each number by the rate, up or down (where its gradient is far above eps)."""
+    words = ("--model", aligned, "--steps", 1, "--warmup", 0, "--lr", 1e-3, "--projector-lr", 4e-3)
+    assert trainer.stage(2, talks, tmp_path / "out", *words) == 0
+    before, after = load(aligned), load(tmp_path / "out")
+    for part, rate in (("projector", 4e-3), ("language", 1e-3)):
+        pairs = zip(getattr(before, part).parameters(), getattr(after, part).parameters(), strict=True)
+        assert max((a - b).abs().max().item() for a, b in pairs) == pytest.approx(rate, rel=1e-2)
+    assert metrics(tmp_path / "out", "lr", "projector_lr") == [(1e-3, 4e-3)]
+
+
+# ---------------------------------------------------------------- what a run tells
+
+
+def test_metrics_have_a_line_for_each_step_and_the_terminal_one_for_some(trainer, captions, tmp_path, capsys):
+    """40 steps: 3% is 1.2, so two of warm-up, then a cosine over the other 38."""
+    words = ("--steps", 40, "--batch-size", 2, "--lr", 1e-3, "--log-every", 15, "--save-every", 0)
+    assert trainer.stage(1, captions, tmp_path / "out", *words) == 0
+    rates = [0.0, 0.5e-3] + [1e-3 * 0.5 * (1 + math.cos(math.pi * i / 38)) for i in range(38)]
+    entries = metrics(tmp_path / "out")
+    assert [entry["step"] for entry in entries] == list(range(1, 41))
+    assert [entry["lr"] for entry in entries] == pytest.approx(rates, abs=1e-12)
+    for entry in entries:
+        assert entry.keys() == {"step", "loss", "lr", "projector_lr", "grad_norm", "tokens_per_s"}
+        assert 0 < entry["loss"] < 20 and entry["grad_norm"] > 0 and entry["tokens_per_s"] > 0
+    shown = [match[1] for line in capsys.readouterr().out.splitlines() if (match := MODEL_LINE.fullmatch(line))]
+    assert shown == ["1", "15", "30", "40"]
+
+
+def test_the_validation_loss_is_that_of_its_records_one_by_one(trainer, talks, aligned, write, tmp_path):
+    val = [record("v1", "c.png", "<image>\nWhat is it?", "A circle."), record("v2", None, "One?", "Two balls.")]
+    words = ("--model", aligned, "--val", write(val), "--steps", 5, "--val-every", 2, "--lr", 1e-2)
+    assert trainer.stage(2, talks, tmp_path / "out", *words) == 0
+    entries = metrics(tmp_path / "out")
+    assert [entry["step"] for entry in entries if "val_loss" in entry] == [2, 4, 5]
+    with torch.no_grad():
+        total, count = one_by_one(load(tmp_path / "out"), val, trainer.images)
+    assert entries[-1]["val_loss"] == pytest.approx(total.item() / count, rel=1e-5)
+    assert entries[1]["val_loss"] != entries[-1]["val_loss"]
+
+
+def test_records_held_out_for_validation_are_never_trained_on(trainer, write, aligned, tmp_path, monkeypatch):
+    """A quarter of 12 records; the same ones for the same seed."""
+    data = write([record(str(i), None, f"What is {i}?", f"It is {i}.") for i in range(12)])
+    met: dict[int, set[str]] = {}
+    batches = Dataset.batches
+
+    def spy(self, numbers, *rest):
+        numbers = list(numbers)
+        texts = (load_tokenizer(aligned).decode(e.token_ids) for n in numbers for e in self.groups[n])
+        met.setdefault(id(self), set()).update(text.split("What is ")[1].split("?")[0] for text in texts)
+        return batches(self, numbers, *rest)
+
+    monkeypatch.setattr(Dataset, "batches", spy)
+    kept = []
+    for seed in (0, 0, 1):
+        met.clear()
+        out = tmp_path / f"out{len(kept)}"
+        words = ("--val-fraction", 0.25, "--steps", 6, "--batch-size", 3, "--seed", seed)
+        assert trainer.stage(2, data, out, "--model", aligned, *words) == 0
+        trained, held = sorted(met.values(), key=len, reverse=True)
+        assert len(held) == 3 and trained | held == {str(i) for i in range(12)} and not trained & held
+        kept.append(held)
+    assert kept[0] == kept[1] != kept[2]
+
+
+# ---------------------------------------------------------------- going on where a run was cut
+
+
+STAGE_2 = ("--steps", 9, "--batch-size", 2, "--save-every", 3, "--lr", 1e-2, "--optimizer", "muon", "--log-every", 1)
+SAME = ("step", "loss", "lr", "grad_norm")
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(2)
+import train
+from nanollava.train import loop
+write, saves = loop.write, []
+def killed(model, folder):
+    write(model, folder)
+    saves.append(folder)
+    if len(saves) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+loop.write = killed
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trainer, talks, aligned) -> Path:
+    out = talks.parent / "undisturbed"
+    assert trainer.stage(2, talks, out, "--model", aligned, *STAGE_2) == 0
+    return out
+
+
+@pytest.fixture
+def cut(trainer, talks, aligned, tmp_path, monkeypatch) -> Path:
+    """A run that Ctrl-C ended at step 5 of 9; its last checkpoint is of step 3."""
+    report = loop.Run.report
+
+    def interrupted(self, *rest):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        report(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "report", interrupted)
+        assert trainer.stage(2, talks, tmp_path / "cut", "--model", aligned, *STAGE_2) == 130
+    return tmp_path / "cut"
+
+
+def same_result(a: Path, b: Path) -> bool:
+    """Whether two runs gave the same losses and weights, bit for bit."""
+    mine, theirs = load(a).state_dict(), load(b).state_dict()
+    same = all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    return same and metrics(a, *SAME) == metrics(b, *SAME)
+
+
+def test_a_resumed_run_gives_the_losses_of_an_undisturbed_one_bit_for_bit(
+    trainer, talks, aligned, cut, undisturbed, capsys
+):
+    assert "--resume" in capsys.readouterr().err  # what Ctrl-C said
+    assert len(metrics(cut)) == 3 and load(cut).config.stage == "stage2"  # a checkpoint like any other
+    assert trainer.stage(2, talks, cut, "--model", aligned, *STAGE_2, "--resume") == 0
+    assert "resuming at step 3 of 9" in capsys.readouterr().out
+    assert len(metrics(undisturbed)) == 9 and same_result(cut, undisturbed)
+    assert not (cut / "training.pt").exists()
+
+
+def test_a_kill_in_the_middle_of_saving_loses_nothing(trainer, talks, aligned, undisturbed, tmp_path):
+    """kill -9 from inside the second save: the first one is whole, and the run goes on from there."""
+    out = tmp_path / "killed"
+    start = ("--data", talks, "--images", trainer.images, "--out", out, "--model", aligned, "--device", "cpu")
+    words = [str(word) for word in ("stage2", *start, *STAGE_2)]
+    done = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=Path(__file__).parents[1], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert sorted(os.listdir(tmp_path)) == [".killed.saving", "killed"]
+    assert len(metrics(out)) == 3
+    assert trainer.stage(2, talks, out, "--model", aligned, *STAGE_2, "--resume") == 0
+    assert same_result(out, undisturbed) and os.listdir(tmp_path) == ["killed"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(trainer, talks, aligned, cut, undisturbed, tmp_path):
+    shutil.copytree(cut, tmp_path / ".cut.previous")
+    cut.rename(tmp_path / ".cut.saving")
+    assert trainer.stage(2, talks, cut, "--model", aligned, *STAGE_2, "--resume") == 0
+    assert same_result(cut, undisturbed)
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_goes_on(
+    trainer, talks, aligned, undisturbed, tmp_path, monkeypatch, capsys
+):
+    out, save_file, saves = tmp_path / "out", checkpoint.save_file, []
+
+    def fills_up(tensors, file, **rest):
+        saves.append(file)
+        (full_disk if len(saves) == 2 else save_file)(tensors, file, **rest)
+
+    monkeypatch.setattr(checkpoint, "save_file", fills_up)
+    status = trainer.stage(2, talks, out, "--model", aligned, *STAGE_2)
+    assert "No space left" in refused(capsys, status, str(out), "intact")
+    assert len(metrics(out)) == 3 and os.listdir(tmp_path) == ["out"]
+    assert trainer.stage(2, talks, out, "--model", aligned, *STAGE_2, "--resume") == 0
+    assert same_result(out, undisturbed)
+
+
+def test_a_disk_full_of_optimizer_state_is_one_line_too(trainer, talks, aligned, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "save", full_disk)
+    status = trainer.stage(2, talks, tmp_path / "out", "--model", aligned, *STAGE_2)
+    refused(capsys, status, "No space left")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 12])
+def test_batches_after_a_cut_are_those_of_an_undisturbed_run(batch_size):
+    """Batches within an epoch, across epochs, and larger than one; every epoch has each group once."""
+    stream = draw(5, batch_size, seed=3)
+    batches = [next(stream) for _ in range(20)]
+    for skip in range(20):
+        assert next(draw(5, batch_size, 3, skip)) == batches[skip]
+    flat = [number for batch in batches for number in batch]
+    epochs = [tuple(flat[i : i + 5]) for i in range(0, len(flat) - 4, 5)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs) and len(set(epochs)) > 1
+    assert next(draw(50, 50, seed=3)) != next(draw(50, 50, seed=4))
+
+
+# ---------------------------------------------------------------- an --out that does not suit
+
+
+def test_a_run_never_overwrites_what_is_there(trainer, captions, talks, aligned, cut, tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "important.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for out, words in ((aligned, "choose another --out"), (cut, "--resume"), (tmp_path / "notes", "another --out")):
+        before = {file: file.read_bytes() for file in out.rglob("*")}
+        assert words in refused(capsys, trainer.stage(1, captions, out, "--steps", 1), str(out))
+        assert {file: file.read_bytes() for file in out.rglob("*")} == before
+    refused(capsys, trainer.stage(1, captions, tmp_path / "file", "--steps", 1), "another --out")
+    refused(capsys, trainer.stage(1, captions, tmp_path / "file" / "out", "--steps", 1), "another --out")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_out_that_does_not_suit_is_said_before_anything_is_read(trainer, aligned, tmp_path, capsys):
+    refused(capsys, trainer.stage(1, tmp_path / "no.json", aligned), f"{aligned} exists")
+
+
+OTHER = {
+    "rate": ("--lr", 2e-2),
+    "seed": ("--seed", 1),
+    "batch": ("--batch-size", 3),
+    "length": ("--max-length", 200),
+    "squares": ("--image-aspect-ratio", "pad"),
+    "steps": ("--steps", 12),
+    "optimizer": ("--optimizer", "adamw"),
+    "grouping": ("--share-images",),
+}
+
+
+@pytest.mark.parametrize("words", OTHER.values(), ids=OTHER)
+def test_a_run_is_not_resumed_with_other_settings(words, trainer, talks, aligned, cut, capsys):
+    before = (cut / "training.pt").read_bytes()
+    status = trainer.stage(2, talks, cut, "--model", aligned, *STAGE_2, *words, "--resume")
+    line = refused(capsys, status, str(cut))
+    name = words[0][2:].replace("-", "_")
+    assert ("data was" if name == "share_images" else f"{name} was") in line.replace("different data: ", "data was ")
+    assert (cut / "training.pt").read_bytes() == before
+
+
+def test_a_run_is_not_resumed_with_other_records_of_the_same_number(trainer, aligned, cut, write, capsys):
+    """Another word, another image: each would silently give other losses."""
+    for change in ("The ball is red.", "b.png"):
+        texts = json.dumps(TALKS).replace("The ball is blue.", change) if " " in change else None
+        others = json.loads(texts or json.dumps(TALKS).replace("a.png", change))
+        status = trainer.stage(2, write(others), cut, "--model", aligned, *STAGE_2, "--resume")
+        assert "different data" in refused(capsys, status)
+
+
+def test_a_run_is_not_resumed_as_another_stage_or_with_another_projector(trainer, captions, tmp_path, cut, capsys):
+    status = trainer.stage(1, captions, cut, *STAGE_2, "--resume")
+    assert "stage2, not stage1" in refused(capsys, status, str(cut))
+    status = trainer.stage(2, captions, cut, *STAGE_2, "--projector", "mlp2x_gelu", "--resume")
+    assert "projector_type was linear, now mlp2x_gelu" in refused(capsys, status, str(cut))
+
+
+def test_resume_where_nothing_is_left_to_resume_says_so(trainer, captions, aligned, tmp_path, capsys):
+    """A finished run of this stage or another; nothing saved yet; a folder that is no run at all."""
+    for stage in (1, 2):
+        line = refused(capsys, trainer.stage(stage, captions, aligned, "--resume"), str(aligned))
+        assert "stage1, finished" in line and "--out" in line
+    (tmp_path / "empty").mkdir()
+    for name in ("nowhere", "empty"):
+        line = refused(capsys, trainer.stage(1, captions, tmp_path / name, "--resume"), name)
+        assert "no checkpoint was saved there" in line and "without --resume" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None], ids=["empty", "garbage", "cut in half"])
+def test_damaged_training_state_is_one_line(content, trainer, talks, aligned, cut, capsys):
+    whole = (cut / "training.pt").read_bytes()
+    (cut / "training.pt").write_bytes(whole[: len(whole) // 2] if content is None else content)
+    status = trainer.stage(2, talks, cut, "--model", aligned, *STAGE_2, "--resume")
+    assert "damaged" in refused(capsys, status, "training.pt")
+
+
+# ---------------------------------------------------------------- bad records
+
+
+def test_settings_of_the_folders_below_are_good(trainer, shelf, write, tmp_path):
+    """What the bad records stand beside is accepted, so that they alone are what is refused."""
+    for stage in (1, 2):
+        assert trainer.stage(stage, write(GOOD), tmp_path / f"{stage}", "--images", shelf, "--steps", 1) == 0
+
+
+GOOD = [record("good", "a.png", "<image>\nWhat is this?", "A star."), record("fine", "b.png", "<image>", "A ball.")]
+ROLES = [{"from": who, "value": "<image> What?"} for who in ("human", "human", "gpt")]
+BAD = {
+    "roles out of order": ({"id": "x7", "image": "a.png", "conversations": ROLES}, "must be the assistant's"),
+    "no gpt turn": (record("x7", "a.png", "<image>\nWhat is this?"), "no gpt turn"),
+    "empty answer": (record("x7", "a.png", "<image>\nWhat is this?", " "), "the answer is empty"),
+    "more marks than images": (record("x7", ["a.png", "b.png"], "<image><image><image>?", "No."), "3 <image> marks"),
+    "image missing": (record("x7", "nowhere.png", "<image>?", "No."), "nowhere.png: the image does not exist"),
+    "zero bytes": (record("x7", "zero.png", "<image>?", "No."), "0 bytes"),
+    "too large": (record("x7", "huge.png", "<image>?", "No."), "too large"),
+    "escaping name": (record("x7", "../images/a.png", "<image>?", "No."), "leads out of the image folder"),
+}
+
+
+@pytest.fixture(scope="module")
+def shelf(trainer, tmp_path_factory) -> Path:
+    """An image folder with everything in it that pictures can be."""
+    shelf = tmp_path_factory.mktemp("shelf") / "images"
+    shutil.copytree(trainer.images, shelf)
+    (shelf / "zero.png").touch()
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 8_000, 8, 2, 0, 0, 0)
+    (shelf / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + header + struct.pack(">I", zlib.crc32(header)))
+    Image.new("RGB", (20_000, 30), "red").save(shelf / "wide.png")
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    frames[0].save(shelf / "moving.gif", save_all=True, append_images=frames[1:])
+    content = (shelf / "a.png").read_bytes()
+    (shelf / "half.png").write_bytes(content[: len(content) // 2])
+    return shelf
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("bad", "words"), BAD.values(), ids=BAD)
+def test_a_bad_record_stops_the_run_before_it_starts(bad, words, stage, trainer, shelf, write, tmp_path, capsys):
+    data, out = write([GOOD[0], bad, GOOD[1]]), tmp_path / "out"
+    status = trainer.stage(stage, data, out, "--images", shelf, "--steps", 1)
+    line = refused(capsys, status, "record x7: ", words)
+    assert "1 bad records" in line and "--skip-bad" in line and not out.exists()
+
+
+def test_bad_records_are_skipped_when_asked_for_and_their_list_is_written(
+    trainer, shelf, write, tmp_path, capsys, monkeypatch
+):
+    """Of more bad records than fit on a screen every one is in the file; what is trained on are the others."""
+    lost = [record(f"lost{i}", "nowhere.png", "<image>?", "No.") for i in range(30)]
+    data, val = write([GOOD[0], *lost, GOOD[1]]), write([GOOD[0], lost[0]], "val.json")
+    out, words = tmp_path / "runs" / "out", ("--images", shelf, "--steps", 2, "--val", val)
+    assert "30 bad records" in refused(capsys, trainer.stage(2, data, out, *words), "record lost0", "and 10 more")
+    assert trainer.stage(2, data, out, *words, "--skip-bad") == 0
+    printed = capsys.readouterr()
+    assert "32 records read" in printed.out and "2 to train on" in printed.out and "out.bad.txt" in printed.out
+    listed = [line.split(":")[0] for line in (tmp_path / "runs" / "out.bad.txt").read_text().splitlines()]
+    assert listed == [f"record lost{i}" for i in range(30)]
+    assert (tmp_path / "runs" / "out.val.bad.txt").read_text().startswith("record lost0: ")
+
+
+def test_when_all_records_are_bad_nothing_is_left_to_train_on(trainer, write, tmp_path, capsys):
+    data = write([record("x", "nowhere.png", "<image>?", "No.")])
+    status = trainer.stage(2, data, tmp_path / "out", "--skip-bad")
+    assert "no record left" in refused(capsys, status, str(data))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [('{"id": 1}', "JSON array"), ('[{"id": "1", "conv', "not whole JSON"), (None, "cannot be read"), ("[]", "one")],
+    ids=["no list", "cut in the middle", "missing", "nothing in it"],
+)
+def test_a_broken_file_of_records_is_one_line_that_names_it(content, words, trainer, tmp_path, capsys):
+    file = tmp_path / "chat.json"
+    if content is not None:
+        file.write_text(content)
+    assert words in refused(capsys, trainer.stage(1, file, tmp_path / "out"), str(file))
+
+
+def test_wide_and_moving_pictures_are_pictures(trainer, shelf, write, tmp_path):
+    data = write([record(name, name, "<image>?", "A ball.") for name in ("wide.png", "moving.gif")])
+    for aspect in ("crop", "pad"):
+        words = ("--images", shelf, "--steps", 2, "--image-aspect-ratio", aspect)
+        assert trainer.stage(2, data, tmp_path / aspect, *words) == 0
+
+
+def test_pictures_that_break_off_are_skipped_with_a_line_and_counted_at_the_end(
+    trainer, shelf, write, aligned, tmp_path, capsys
+):
+    """The loss is that of the other records; two records about the damaged picture are counted, once each."""
+    half = [record(name, "half.png", "<image>\nWhat?", "No.") for name in ("x", "y")]
+    words = ("--images", shelf, "--steps", 2, "--batch-size", 4, "--model", aligned, "--val", write(half[:1]))
+    assert trainer.stage(2, write([*GOOD, *half]), tmp_path / "out", *words) == 0
+    total, count = one_by_one(load(aligned), GOOD, trainer.images)
+    assert metrics(tmp_path / "out", "loss")[0] == (pytest.approx(total.item() / count, rel=1e-5),)
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("skipped: ") and "half.png" in line for line in lines)
+    counts = [line for line in printed.out.splitlines() if line.startswith("skipped")]
+    assert counts == [
+        "skipped: 2 records, for 1 damaged images",
+        "skipped: 1 records, for 1 damaged images",
+    ]
+
+
+# ---------------------------------------------------------------- parts that do not fit
+
+
+def test_a_tokenizer_that_does_not_fit_the_embedding_is_refused(trainer, captions, tmp_path, capsys):
+    other = tmp_path / "vicuna"
+    checkpoint.save_language(Llama(LlamaConfig(390, 16, 16, 2, 2, 1)), load_tokenizer(trainer.vicuna), other)
+    words = ("--vision", trainer.clip, "--language", other, "--images", trainer.images)
+    status = trainer("stage1", "--data", captions, "--out", tmp_path / "out", *words)
+    line = refused(capsys, status, str(other))
+    assert "400 tokens" in line and "390 rows" in line
+
+
+def test_folders_that_are_not_what_they_should_be_are_refused(trainer, captions, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(trainer.vicuna, bare)
+    (bare / "tokenizer.model").unlink()
+    wrong = {
+        (trainer.clip, trainer.clip): str(trainer.clip),
+        (trainer.vicuna, trainer.vicuna): str(trainer.vicuna),
+        (trainer.clip, tmp_path / "nowhere"): "no such folder",
+        (trainer.clip, bare): "tokenizer.model",
+    }
+    for (vision, language), words in wrong.items():
+        parts = ("--vision", vision, "--language", language, "--images", trainer.images)
+        refused(capsys, trainer("stage1", "--data", captions, "--out", tmp_path / "out", *parts), words)
+    parts = ("--data", captions, "--out", tmp_path / "out")
+    assert "--vision" in refused(capsys, trainer("stage1", *parts, "--vision", trainer.clip), "--language")
+    assert "--model" in refused(capsys, trainer("stage2", *parts))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_language_folder_killed_between_renames_is_still_found(trainer, captions, tmp_path):
+    shutil.copytree(trainer.vicuna, tmp_path / ".vicuna.previous")
+    words = ("--vision", trainer.clip, "--language", tmp_path / "vicuna", "--images", trainer.images)
+    assert trainer("stage1", "--data", captions, "--out", tmp_path / "out", "--steps", 1, *words) == 0
+
+
+WRONG = [
+    *((name, value) for name in ("--batch-size", "--steps", "--log-every", "--max-length") for value in (0, -1)),
+    *((name, value) for name in ("--lr", "--projector-lr", "--clip", "--epochs") for value in (0, -1, "nan", "inf")),
+    *((name, -1) for name in ("--rows-at-once", "--save-every", "--val-every", "--weight-decay", "--seed")),
+    *((name, value) for name in ("--val-fraction", "--warmup") for value in (-0.1, 1, "nan")),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda x: str(x))
+def test_numbers_that_make_no_sense_are_named_before_anything_is_read(name, value, trainer, tmp_path, capsys):
+    status = trainer.stage(2, tmp_path / "no.json", tmp_path / "out", f"{name}={value}")
+    assert re.search(rf"{name} is {value}(\.0)?: it must be ", refused(capsys, status))
+
+
+def test_two_kinds_of_validation_are_one_too_many(trainer, captions, tmp_path, capsys):
+    words = ("--val", captions, "--val-fraction", 0.5)
+    refused(capsys, trainer.stage(1, captions, tmp_path / "out", *words), "not both")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", *([] if torch.cuda.is_available() else ["cuda", "cuda:0"])])
+def test_a_device_that_is_not_there_is_one_line(device, trainer, captions, tmp_path, capsys):
+    status = trainer.stage(1, captions, tmp_path / "out", "--device", device)
+    assert f"--device {device}: " in refused(capsys, status)
+
+
+# ---------------------------------------------------------------- numbers that run away
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(
+    what, trainer, talks, aligned, tmp_path, monkeypatch, capsys
+):
+    loss, calls = Llava.loss, []
+
+    def runs_away(self, batch):
+        calls.append(batch)
+        value = loss(self, batch)
+        if len(calls) < 5:
+            return value
+        return value * math.nan if what == "loss" else value + (value - value.detach()).sqrt()  # slope infinite at 0
+
+    monkeypatch.setattr(Llava, "loss", runs_away)
+    status = trainer.stage(2, talks, tmp_path / "out", "--model", aligned, *STAGE_2)
+    line = refused(capsys, status, f"step 5: the {what}")
+    assert "--lr" in line
+    assert len(metrics(tmp_path / "out")) == 3
+    assert all(tensor.isfinite().all() for tensor in load(tmp_path / "out").state_dict().values())
+
+
+def test_training_on_a_cpu_computes_in_float32(trainer, talks, aligned, tmp_path, monkeypatch):
+    loss, seen = Llava.loss, []
+
+    def spy(self, batch):
+        value = loss(self, batch)
+        seen.extend([value.dtype, torch.is_autocast_enabled("cpu"), *{p.dtype for p in self.parameters()}])
+        return value
+
+    monkeypatch.setattr(Llava, "loss", spy)
+    assert trainer.stage(2, talks, tmp_path / "out", "--model", aligned, "--steps", 1) == 0
+    assert seen == [torch.float32, False, torch.float32]
