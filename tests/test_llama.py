@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanollava.attention import Mask
-from nanollava.llama import Cache, Llama, LlamaConfig, RMSNorm, rotary_angles, rotate
+from nanollava.llama import Cache, Llama, LlamaConfig, RMSNorm, SwiGLU, rotary_angles, rotate
 
 SIZES = {
     "vocab_size": 50,
@@ -78,6 +78,17 @@ def test_the_norm_is_cast_before_the_weight_is_multiplied(eps):
     cast_last = (exact * norm.weight.double()).bfloat16()
     assert not torch.equal(cast_first, cast_last)  # so the next line tells them apart
     assert torch.equal(norm(x), cast_first)
+
+
+# ---------------------------------------------------------------- the MLP
+
+
+def test_the_gate_passes_through_silu_and_the_rest_does_not():
+    """down(silu(gate x) * up x) with gate 1, up 2, down 3 and x = -1: 3 * (-1 / (1 + e)) * -2."""
+    mlp = SwiGLU(1, 1)
+    for weight, projection in enumerate((mlp.gate_proj, mlp.up_proj, mlp.down_proj), start=1):
+        torch.nn.init.constant_(projection.weight, weight)
+    assert mlp(torch.tensor([-1.0])).item() == pytest.approx(6 / (1 + math.e))
 
 
 # ---------------------------------------------------------------- positions

@@ -41,7 +41,7 @@ class Recipe:
 
 RECIPES = {
     "demo": Recipe(world.WorldSize(train=21_600, text=8_000), 1000, 900, 250, 3000),
-    "full": Recipe(world.WorldSize(train=21_600, text=8_000), 1300, 1200, 300, 8000),
+    "full": Recipe(world.WorldSize(train=21_600, text=8_000), 1300, 1200, 300, 5000),
     "smoke": Recipe(world.WorldSize(80, 12, 60, 40), 4, 4, 3, 4, per_kind=12),
 }
 SAMPLE = Scene(

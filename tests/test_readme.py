@@ -1,0 +1,38 @@
+"""What the README says is true: files, line counts, commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_line_counts_are_those_of_the_files():
+    rows = re.findall(r"^\|.*\| \[`?([\w/.]+)`?\]\(\1\) \| (\d+) \|$", README, flags=re.M)
+    assert len(rows) >= 12
+    for file, lines in rows:
+        assert (ROOT / file).read_text(encoding="utf-8").count("\n") == int(lines), file
+
+
+def test_every_file_that_is_named_exists():
+    names = re.findall(r"`((?:nanollava|weights|tests)/[\w./]+|\w+\.py|Makefile|requirements\.txt)`", README)
+    assert names and all((ROOT / name).exists() for name in names)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^(?: {4})?python train\.py ((?:.*\\\n)*.*)$", README, flags=re.M))
+def test_every_training_command_is_understood(line):
+    words = shlex.split(line.replace("\\\n", " "), comments=True)
+    assert train.make_parser().parse_args(words).run
+
+
+def test_every_flag_that_is_named_exists():
+    parser = train.make_parser()
+    stages = [a for a in parser._actions if a.choices][0].choices
+    known = {flag for p in stages.values() for a in p._actions for flag in a.option_strings}
+    known |= {"--image", "--ask"}  # of chat.py
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
