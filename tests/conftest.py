@@ -17,7 +17,7 @@ from nanollava.llava import Llava, LlavaConfig
 from nanollava.tokenizer import Tokenizer
 from nanollava.vit import VisionConfig, VisionTransformer
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 SENTENCES = [
     "A chat between a curious user and an artificial intelligence assistant.",
