@@ -183,8 +183,13 @@ def test_damaged_files_are_one_line_that_names_them(tmp_path, ending):
     write_shards(tmp_path, ending)
     file = weight_files(tmp_path)[0]
     whole = file.read_bytes()
-    damages = {b"": "0 bytes", whole[:-5]: "damaged", whole[:20]: "damaged", b"x" * 300: "damaged",
-               b"version https://git-lfs.github.com/spec/v1\noid": "git lfs pull"}
+    damages = {
+        b"": "0 bytes",
+        whole[:-5]: "damaged",
+        whole[:20]: "damaged",
+        b"x" * 300: "damaged",
+        b"version https://git-lfs.github.com/spec/v1\noid": "git lfs pull",
+    }
     for damage, match in damages.items():
         file.write_bytes(damage)
         for attempt in (read, lambda folder: shapes(weight_files(folder)[0])):
@@ -212,8 +217,13 @@ def test_no_weights_bad_index_and_bad_json(tmp_path):
     with pytest.raises(Error, match="no weights"):
         weight_files(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
-    for text, match in (("{}", "weight_map"), ('{"weight_map": {"a": 3}}', "weight_map"), ("{", "JSON"),
-                        ('{"weight_map": {"a": "../b"}}', "outside"), ("[]", "expected an object")):
+    for text, match in (
+        ("{}", "weight_map"),
+        ('{"weight_map": {"a": 3}}', "weight_map"),
+        ("{", "JSON"),
+        ('{"weight_map": {"a": "../b"}}', "outside"),
+        ("[]", "expected an object"),
+    ):
         index.write_text(text)
         with pytest.raises(Error, match=match):
             weight_files(tmp_path)

@@ -36,8 +36,24 @@ def in_one_piece(image: Image.Image, size: int, mode: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
-@pytest.mark.parametrize("shape", [(333, 500), (501, 337), (1001, 777), (1, 1), (1, 80), (80, 1), (48, 48), (48, 90),
-                                   (90, 48), (3000, 20), (20, 3000), (1500, 2100)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (333, 500),
+        (501, 337),
+        (1001, 777),
+        (1, 1),
+        (1, 80),
+        (80, 1),
+        (48, 48),
+        (48, 90),
+        (90, 48),
+        (3000, 20),
+        (20, 3000),
+        (1500, 2100),
+    ],
+    ids=str,
+)
 def test_equals_the_reference_written_plainly(shape, mode):
     image = noise(*shape)
     for size in (48, 224):

@@ -32,7 +32,7 @@ def test_every_training_command_is_understood(line):
 
 def test_every_flag_that_is_named_exists():
     parser = train.make_parser()
-    stages = [a for a in parser._actions if a.choices][0].choices
+    stages = next(a for a in parser._actions if a.choices).choices
     known = {flag for p in stages.values() for a in p._actions for flag in a.option_strings}
     known |= {"--image", "--ask"}  # of chat.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known

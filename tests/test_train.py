@@ -200,7 +200,7 @@ def test_metrics_have_a_line_for_each_step_and_the_terminal_one_for_some(trainer
 
 def test_the_validation_loss_is_that_of_its_records_one_by_one(trainer, talks, aligned, write, tmp_path):
     val = [record("v1", "c.png", "<image>\nWhat is it?", "A circle."), record("v2", None, "One?", "Two balls.")]
-    words = ("--model", aligned, "--val", write(val), "--steps", 5, "--val-every", 2, "--lr", 1e-2)
+    words = ("--model", aligned, "--val", write(val), "--steps", 5, "--val-every", 2, "--batch-size", 1)
     assert trainer.stage(2, talks, tmp_path / "out", *words) == 0
     entries = metrics(tmp_path / "out")
     assert [entry["step"] for entry in entries if "val_loss" in entry] == [2, 4, 5]
@@ -466,9 +466,8 @@ def shelf(trainer, tmp_path_factory) -> Path:
     shutil.copytree(trainer.images, shelf)
     (shelf / "zero.png").touch()
     header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 8_000, 8, 2, 0, 0, 0)
-    (shelf / "huge.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\x10IDAT"
-    )
+    chunks = b"\0\0\0\x0d" + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\x10IDAT"
+    (shelf / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     Image.new("RGB", (20_000, 30), "red").save(shelf / "wide.png")
     frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
     frames[0].save(shelf / "moving.gif", save_all=True, append_images=frames[1:])

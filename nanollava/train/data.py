@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -212,6 +213,7 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.groups)
 
+    @cached_property
     def checksum(self) -> int:
         """A number that tells other texts, images or another order from these."""
         value = 0

@@ -200,7 +200,7 @@ class Run:
         return {
             "stage": self.stage.name,
             "config": asdict(self.model.config),
-            "data": f"{len(self.data):,} groups of records (checksum {self.data.checksum():08x})",
+            "data": f"{len(self.data):,} groups of records (checksum {self.data.checksum:08x})",
             "options": shaping,
         }
 
