@@ -199,7 +199,7 @@ def test_metrics_have_a_line_for_each_step_and_the_terminal_one_for_some(trainer
 
 
 def test_the_validation_loss_is_that_of_its_records_one_by_one(trainer, talks, aligned, write, tmp_path):
-    val = [record("v1", "c.png", "<image>\nWhat is it?", "A circle."), record("v2", None, "One?", "Two balls.")]
+    val = [record("v1", "c.png", "<image>\nWhat?", "A ball."), record("v2", None, "One?", "Two, and three stars.")]
     words = ("--model", aligned, "--val", write(val), "--steps", 5, "--val-every", 2, "--batch-size", 1)
     assert trainer.stage(2, talks, tmp_path / "out", *words) == 0
     entries = metrics(tmp_path / "out")
