@@ -135,7 +135,7 @@ class Trainer:
             Image.fromarray(noise.byte().numpy()).save(self.images / f"{name}.png")
 
     def __call__(self, *words: object) -> int:
-        """The exit status of ``python train.py WORDS`` with few lines of progress."""
+        """The exit status of ``python train.py WORDS``."""
         return self.program.main([str(word) for word in words])
 
     def stage(self, number: int, data: Path, out: Path, *words: object) -> int:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from nanollava.checkpoint import load, load_language, load_vision
+from nanollava.checkpoint import load, load_language, load_vision, save
 from nanollava.conversation import IGNORE
+from nanollava.llava import LlavaConfig
 from nanollava.tokenizer import load_tokenizer
 from nanollava.train.data import Dataset, read_records
 from nanollava.train.loop import Options, Run
@@ -82,8 +83,6 @@ def test_a_folder_says_which_stage_and_template_made_it(trainer, data, aligned, 
     """Also where the model to go on from spoke another template: it is trained on the stage's."""
     other = load(aligned)
     other.config.template = "llava_v0"
-    from nanollava.checkpoint import save
-
     save(other, tmp_path / "other")
     assert trainer.stage(2, data, tmp_path / "out", "--model", tmp_path / "other", "--steps", 1) == 0
     found = [(c.stage, c.template) for c in (load(aligned).config, load(tmp_path / "out").config)]
@@ -166,8 +165,6 @@ def read_one(trainer, record: dict, template: str, tmp_path):
 
 
 def load_config(trainer):
-    from nanollava.llava import LlavaConfig
-
     return LlavaConfig(load_vision(trainer.clip).config, load_language(trainer.vicuna).config)
 
 
