@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: go on with --resume", file=sys.stderr)
+        again = "the same command" if args.command == "miniature" else "the same command and --resume"
+        print(f"\ninterrupted: go on with {again}", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError:
         print("error: out of memory on this device: try --rows-at-once 1, or a smaller --max-length", file=sys.stderr)
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="miniature|stage1|stage2")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="miniature|stage1|stage2")
     for stage in STAGES.values():
         add_stage(commands.add_parser(stage.name, help=f"trains: {', '.join(stage.trained)}"), stage)
     mini = commands.add_parser("miniature", help="the whole paper, small, from nothing")

@@ -6,6 +6,7 @@ stand-in learns to talk about scenes that it is told of in words. Both end up as
 
 import math
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from nanollava.attention import Mask, attention
 from nanollava.checkpoint import load_vision, save_language, save_vision
 from nanollava.conversation import IGNORE, messages_from_record, render
+from nanollava.folder import last_good
 from nanollava.images import open_image, preprocess
 from nanollava.llama import LlamaConfig
 from nanollava.llava import Llava, LlavaConfig, pad
@@ -141,8 +143,9 @@ def draw_families(images: list[Annotated], steps: int, families: int) -> Iterato
         yield [f * FAMILY + i for f in chosen for i in range(FAMILY)]
 
 
-def pretrain_language(world: Path, folder: Path, tokenizer: Tokenizer, vision: Path, steps: int, resume: bool = False):
-    """Train a small chat model on the world's conversations in words; leave it in ``folder``, an official one."""
+def pretrain_language(world: Path, folder: Path, tokenizer: Tokenizer, vision: Path, steps: int):
+    """Train a small chat model on the world's conversations in words; leave it in ``folder``, an official one. A run
+    that was cut goes on from its last checkpoint."""
     torch.manual_seed(0)
     config = LlavaConfig(load_vision(vision).config, language_config(tokenizer), max_length=192)
     model = Llava(config, tokenizer)
@@ -153,8 +156,13 @@ def pretrain_language(world: Path, folder: Path, tokenizer: Tokenizer, vision: P
     data = Dataset(group(examples, subjects), None, config)
     stage = LANGUAGE_STAGE
     options = Options(stage.lr, None, stage.batch_size, steps, optimizer="muon", save_every=500, log_every=50)
-    train(model, LANGUAGE_STAGE, data, None, folder.with_name(folder.name + ".run"), options, resume)
+    run = folder.with_name(folder.name + ".run")
+    resume = (last_good(run) / "training.pt").is_file()
+    if not resume:
+        shutil.rmtree(run, ignore_errors=True)
+    train(model, stage, data, None, run, options, resume)
     save_language(model.language, tokenizer, folder)
+    shutil.rmtree(run)
 
 
 def make_text(record: dict, tokenizer: Tokenizer, config: LlavaConfig) -> Example:

@@ -1,0 +1,86 @@
+"""The whole chain of `train.py miniature`, tiny, and the sums behind its table."""
+
+import json
+import shutil
+from collections import Counter
+
+import pytest
+
+import train
+from nanollava.checkpoint import load
+from nanollava.evaluate import miniature as evaluation
+from nanollava.miniature.language import KINDS, Question
+from nanollava.miniature.scenes import Scene, Thing
+from nanollava.miniature.world import Annotated
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("miniature")
+    words = ["miniature", "--recipe", "smoke", "--out", str(folder / "run"), "--bundle", str(folder / "weights")]
+    assert train.main(words) == 0
+    return folder
+
+
+def test_the_chain_leaves_every_part_and_a_table(finished):
+    results = json.loads((finished / "run/results.json").read_text())
+    columns = results["columns"]
+    assert set(columns) == {
+        "guessing", "language model alone", "after stage 1", "after stage 2", "blind", "detail"
+    }  # fmt: skip
+    assert all(set(columns[name]) == {*KINDS, "mean"} for name in columns if name != "detail")
+    assert load(finished / "run/stage1").config.stage == "stage1"
+    assert load(finished / "run/stage2").config.stage == "stage2"
+    assert "| kind |" in (finished / "weights/README.md").read_text()
+
+
+def test_a_finished_chain_is_not_trained_again_and_a_missing_part_is(finished, capsys):
+    before = (finished / "run/stage1/model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(finished / "run/stage2")
+    assert train.main(["miniature", "--recipe", "smoke", "--out", str(finished / "run")]) == 0
+    assert (finished / "run/stage1/model.safetensors").stat().st_mtime_ns == before
+    printed = capsys.readouterr().out
+    assert "python train.py stage2" in printed and "python train.py stage1" not in printed
+
+
+def test_test_questions_are_spread_evenly_and_blind_images_show_another_scene(finished):
+    items = evaluation.make_items(finished / "run/world", per_kind=12)
+    for kind in KINDS:
+        counts = Counter(len(item.image.scene.things) for item in items if item.question.kind == kind)
+        assert counts == ({2: 6, 3: 6} if kind in evaluation.NOT_ALONE else {1: 4, 2: 4, 3: 4})
+    assert all(item.other.scene != item.image.scene for item in items)
+    assert all(item.image.scene.split == "test" for item in items)
+
+
+def test_guessing_answers_each_wording_with_its_most_frequent_answer(tmp_path):
+    turns = [
+        ("How big is {it}?", "It is large."),
+        ("How big is {it}?", "It is small."),
+        ("How big is {it}?", "It is small."),
+    ]
+    records = [
+        {"wordings": [w], "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": a}]}
+        for w, a in turns
+    ]
+    (tmp_path / "instruct.json").write_text(json.dumps(records))
+    image = Annotated(1, "x.png", [], Scene((Thing(0, "large", "red", "star"),)))
+    known = evaluation.Item(image, image, Question("size", "How big is {it}?", "How big is the star?", "It is large."))
+    unknown = evaluation.Item(image, image, Question("size", "never seen", "?", "It is large."))
+    assert evaluation.guesses(tmp_path, [known, unknown]) == ["It is small.", ""]
+
+
+def test_f1_by_hand():
+    told = [Counter(["red", "star"]), Counter(["blue"])]
+    true = [Counter(["red", "circle", "large"]), Counter(["blue"])]
+    assert evaluation.f1(told, true) == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+
+
+def test_descriptions_are_scored_as_exact_sets():
+    things = (Thing(0, "large", "red", "star"), Thing(8, "small", "blue", "heart"))
+    image = Annotated(1, "x.png", [], Scene(things))
+    item = evaluation.Item(image, image, Question("detail", "", "", ""))
+    right = "There is a small blue heart in the bottom right corner. There is a large red star in the top left corner."
+    moved = right.replace("bottom right", "bottom left")
+    texts = [right, moved, right + " There is a small red cross at the top.", "There is a large red star."]
+    scores = evaluation.describe_scores([item] * 4, texts)
+    assert scores == {"things": 2 / 4, "things and places": 1 / 4}
