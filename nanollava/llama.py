@@ -61,7 +61,7 @@ def rotary_angles(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) ->
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (i, i + E/2) of x, (B, heads, T, E), by its angle."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)  # under autocast cos and sin are float32
 
 
 class Cache:

@@ -58,6 +58,11 @@ def test_a_tied_head_is_the_embedding():
     assert sum(p.numel() for p in llama().parameters()) - sum(p.numel() for p in model.parameters()) == 50 * 32
 
 
+def test_the_width_of_a_head_may_be_given():
+    narrow, wide = (model.layers[0].self_attn.q_proj.weight.shape for model in (llama(), llama(head_dim=12)))
+    assert narrow == (4 * 8, 32) and wide == (4 * 12, 32)
+
+
 # ---------------------------------------------------------------- the norm
 
 

@@ -41,8 +41,8 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_splicing_worked_by_hand():
-    """Two images of three patches between words: features count 0 to 5, image positions carry no loss."""
-    found = splice([1, IMAGE, 5, IMAGE, 6], [IGNORE, IGNORE, 5, IGNORE, 6], num_patches=3)
+    """Two images of three patches between words: features count 0 to 5, image positions never carry loss."""
+    found = splice([1, IMAGE, 5, IMAGE, 6], [IGNORE, IGNORE, 5, 99, 6], num_patches=3)
     assert found == Spliced(
         token_ids=[1, IMAGE, IMAGE, IMAGE, 5, IMAGE, IMAGE, IMAGE, 6],
         labels=[IGNORE, IGNORE, IGNORE, IGNORE, 5, IGNORE, IGNORE, IGNORE, 6],

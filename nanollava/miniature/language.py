@@ -54,7 +54,7 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
     """A question of ``kind``: first an answer is drawn from those that the scene allows, then a question that has it,
     so that no answer is common just because many questions lead to it. None where the scene allows no question."""
     by_answer: dict[str, list[tuple[str, dict, str]]] = {}
-    for wording, parts, answer in globals()[f"ask_{kind}"](scene, rng):
+    for wording, parts, answer in CANDIDATES[kind](scene, rng):
         by_answer.setdefault(answer, []).append((wording, parts, answer))
     if not by_answer:
         return None
@@ -183,6 +183,12 @@ def ask_remaining(scene: Scene, rng: random.Random) -> Candidates:
         answer = f"There {verb} {NUMBERS[n]} and {NUMBERS[len(things)]} would go, so {NUMBERS[left]} would be left."
         yield "If the {what} were taken away, how many objects would be left?", {"what": noun}, answer
         yield "How many objects would be left without the {what}?", {"what": noun}, answer
+
+
+CANDIDATES = {
+    "colour": ask_colour, "shape": ask_shape, "size": ask_size, "count": ask_count, "existence": ask_existence,
+    "place": ask_place, "relation": ask_relation, "neighbour": ask_neighbour, "remaining": ask_remaining,
+}  # fmt: skip
 
 
 def caption(scene: Scene, rng: random.Random, places: bool = True) -> str:
