@@ -19,13 +19,13 @@ from nanollava.error import Error
 from nanollava.folder import first_line, last_good
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.miniature.recipe import RECIPES, run_miniature
-from nanollava.projector import make_projector
+from nanollava.projector import make_projector, whiten
 from nanollava.tokenizer import load_tokenizer
 from nanollava.train.data import Dataset, Example, Report, group_by_image, read_records
 from nanollava.train.loop import Options, check_out, train
 from nanollava.train.stages import STAGES, Stage
 
-ABOVE_0 = ("max_length", "lr", "projector_lr", "clip", "batch_size", "epochs", "steps", "log_every")
+ABOVE_0 = ("max_length", "lr", "projector_lr", "clip", "batch_size", "epochs", "steps", "log_every", "parallel")
 NOT_NEGATIVE = ("weight_decay", "rows_at_once", "val_every", "save_every", "seed")
 SHARES = ("val_fraction", "warmup")  # from 0 up to, not including, 1
 
@@ -64,6 +64,8 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add = parser.add_argument
     if stage.name == "stage2":
         add("--model", type=Path, help="result of stage 1 (or any LLaVA folder) to go on from")
+    else:
+        add("--whiten", action="store_true", help="start the projector on whitened features: for small models")
     add("--vision", type=Path, help="CLIP folder")
     add("--language", type=Path, help="Vicuna folder")
     add("--data", type=Path, required=True, help="records: a JSON array in the official format")
@@ -85,6 +87,7 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--epochs", type=float, default=stage.epochs, help=f"times through the data ({stage.epochs})")
     add("--steps", type=int, help="optimizer steps, in place of --epochs")
     add("--rows-at-once", type=int, default=0, help="rows in memory at once; fewer accumulate gradients (0: all)")
+    add("--parallel", type=int, default=1, help="micro-batches computed side by side, for small models on a CPU")
     add("--share-images", action="store_true", help="records about one image share one copy of it; steps count images")
     add("--save-every", type=int, default=500, help="steps between checkpoints (0: only at the end)")
     add("--log-every", type=int, default=10, help="steps between lines")
@@ -109,6 +112,8 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     steps = args.steps or max(1, round(args.epochs * len(groups) / args.batch_size))
     options = Options(steps=steps, **{name: getattr(args, name) for name in Options.__annotations__ if name != "steps"})
     datasets = [Dataset(g, args.images, model.config) if g else None for g in (groups, val)]
+    if getattr(args, "whiten", False) and not args.resume:
+        whiten(model.projector, patch_features(model, datasets[0]))
     train(model, stage, *datasets, args.out, options, args.resume)
     print(f"{stage.name} is done: talk to it with  python chat.py {args.out}")
 
@@ -173,6 +178,17 @@ def read_data(args: argparse.Namespace, model: Llava, stage: Stage) -> tuple[lis
     if not groups:
         raise Error(f"{args.data}: no record left to train on")
     return groups, val
+
+
+@torch.no_grad()
+def patch_features(model: Llava, data: Dataset, images: int = 1000) -> torch.Tensor:
+    """(M, C) patch features of some training images. Raises Error where there are none."""
+    names = sorted({name for examples in data.groups for example in examples for name in example.images})
+    pixels = [p for p in map(data.load, names[:: max(1, len(names) // images)]) if p is not None]
+    if not pixels:
+        raise Error("--whiten: no image to learn the features' spread from; leave it out")
+    batches = torch.stack(pixels).to(model.device).split(64)
+    return torch.cat([model.vision(batch, model.config.select_layer).flatten(0, 1) for batch in batches])
 
 
 def read_groups(file: Path, args: argparse.Namespace, model: Llava, stage: Stage) -> list[list[Example]]:

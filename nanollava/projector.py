@@ -3,7 +3,8 @@
 Shapes: B batch, N patches, C vision width, D language width.
 """
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nanollava.error import Error
 
@@ -19,3 +20,21 @@ def make_projector(kind: str, C: int, D: int) -> nn.Module:
     if kind == "mlp2x_gelu":
         return nn.Sequential(nn.Linear(C, D), nn.GELU(), nn.Linear(D, D))
     raise Error(f"mm_projector_type is {kind!r}: use linear or mlp2x_gelu")
+
+
+@torch.no_grad()
+def whiten(projector: nn.Module, features: Tensor, smallest: float = 1e-4) -> None:
+    """Start the first layer as a random rotation of whitened features (M, C), so that what varies little is heard as
+    well as what varies most. Directions with less than ``smallest`` of the largest variance stay quiet.
+
+    Not in the paper: a small tower says where a patch lies much more softly than what is in it, and a small language
+    model with little time would never hear it.
+    """
+    first = projector if isinstance(projector, nn.Linear) else projector[0]
+    features = features.double()
+    variances, axes = torch.linalg.eigh(torch.cov(features.T))
+    scales = (variances.clamp(min=0) + smallest * variances.max()).rsqrt()
+    rotation = nn.init.orthogonal_(torch.empty_like(first.weight, dtype=torch.float64))
+    weight = rotation * scales @ axes.T
+    first.weight.copy_(weight)
+    first.bias.copy_(-weight @ features.mean(dim=0))

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from nanollava.error import Error
-from nanollava.projector import make_projector
+from nanollava.projector import make_projector, whiten
 
 
 def test_linear_is_the_papers_equation():
@@ -47,3 +48,25 @@ def test_another_kind_is_an_error_that_names_it(kind):
     with pytest.raises(Error, match="linear or mlp2x_gelu") as caught:
         make_projector(kind, C=2, D=2)
     assert repr(kind) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+def test_whitened_features_vary_alike_in_all_directions_around_nothing(kind):
+    torch.manual_seed(0)
+    features = torch.randn(5000, 6) * torch.tensor([10.0, 3, 1, 1, 0.3, 0.1])
+    features = features @ nn.init.orthogonal_(torch.empty(6, 6)) + 5
+    projector = make_projector(kind, C=6, D=6)
+    whiten(projector, features, smallest=1e-9)
+    first = projector if kind == "linear" else projector[0]
+    with torch.no_grad():
+        found = first(features)
+    torch.testing.assert_close(found.mean(dim=0), torch.zeros(6), rtol=0, atol=1e-3)
+    torch.testing.assert_close(torch.cov(found.T), torch.eye(6), rtol=0, atol=1e-2)
+
+
+def test_directions_without_variance_stay_quiet():
+    torch.manual_seed(0)
+    projector = make_projector("linear", C=3, D=3)
+    whiten(projector, torch.randn(1000, 3) * torch.tensor([1.0, 1.0, 0.0]))
+    nothing = projector.weight[:, 2].detach()
+    assert nothing.norm() == pytest.approx(100, rel=0.1)  # 1 / sqrt(1e-4) of the largest variance, and no more

@@ -52,21 +52,15 @@ def test_test_questions_are_spread_evenly_and_blind_images_show_another_scene(fi
     assert all(item.image.scene.split == "test" for item in items)
 
 
-def test_guessing_answers_each_wording_with_its_most_frequent_answer(tmp_path):
-    turns = [
-        ("How big is {it}?", "It is large."),
-        ("How big is {it}?", "It is small."),
-        ("How big is {it}?", "It is small."),
-    ]
-    records = [
-        {"wordings": [w], "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": a}]}
-        for w, a in turns
-    ]
+def test_guessing_answers_each_wording_with_its_most_frequent_form(tmp_path):
+    forms = ["{It} is large.", "{It} is small.", "{It} is small."]
+    records = [{"wordings": ["How big is {it}?"], "forms": [form]} for form in forms]
     (tmp_path / "instruct.json").write_text(json.dumps(records))
     image = Annotated(1, "x.png", [], Scene((Thing(0, "large", "red", "star"),)))
-    known = evaluation.Item(image, image, Question("size", "How big is {it}?", "How big is the star?", "It is large."))
-    unknown = evaluation.Item(image, image, Question("size", "never seen", "?", "It is large."))
-    assert evaluation.guesses(tmp_path, [known, unknown]) == ["It is small.", ""]
+    star = {"it": "the star"}
+    known = evaluation.Item(image, image, Question("size", "How big is {it}?", "{It} is large.", star))
+    unknown = evaluation.Item(image, image, Question("size", "never seen", "{It} is large.", star))
+    assert evaluation.guesses(tmp_path, [known, unknown]) == ["The star is small.", ""]
 
 
 def test_f1_by_hand():
@@ -78,8 +72,8 @@ def test_f1_by_hand():
 def test_descriptions_are_scored_as_exact_sets():
     things = (Thing(0, "large", "red", "star"), Thing(8, "small", "blue", "heart"))
     image = Annotated(1, "x.png", [], Scene(things))
-    item = evaluation.Item(image, image, Question("detail", "", "", ""))
-    right = "There is a small blue heart in the bottom right corner. There is a large red star in the top left corner."
+    item = evaluation.Item(image, image, Question("detail", "", "", {}))
+    right = "There is a small blue heart at the bottom right. There is a large red star at the top left."
     moved = right.replace("bottom right", "bottom left")
     texts = [right, moved, right + " There is a small red cross at the top.", "There is a large red star."]
     scores = evaluation.describe_scores([item] * 4, texts)

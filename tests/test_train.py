@@ -139,6 +139,8 @@ HOW = {
     "short rows one at a time": ("--max-length", 150, "--rows-at-once", 1),
     "shared images": ("--share-images",),
     "shared images, one row at a time": ("--share-images", "--max-length", 150, "--rows-at-once", 1),
+    "three parts side by side": ("--max-length", 150, "--parallel", 3),
+    "one row at a time, two side by side": ("--max-length", 150, "--rows-at-once", 1, "--parallel", 2),
 }
 
 

@@ -1,7 +1,7 @@
 """Does the miniature see? Questions about scenes never met in training, answered by generation, compared exactly.
 
-Beside each accuracy stand what guessing gives (for each wording the answer most frequent in the training data), the
-same model shown another scene's image (blind), and the language model without any image.
+Beside each accuracy stand what guessing gives (for each wording the form of answer most frequent in the training data),
+the same model shown another scene's image (blind), and the language model without any image.
 """
 
 import random
@@ -16,7 +16,7 @@ from nanollava.conversation import encode
 from nanollava.generate import Sampling, generate
 from nanollava.images import open_image, preprocess
 from nanollava.llava import Llava
-from nanollava.miniature.language import KINDS, Question, ask, describe, parse_description, parse_names
+from nanollava.miniature.language import KINDS, Question, ask, describe, fill, parse_description, parse_names
 from nanollava.miniature.world import Annotated, read_split
 from nanollava.train.data import read_json
 
@@ -88,13 +88,14 @@ def accuracy(items: list[Item], texts: list[str]) -> dict[str, float]:
 
 
 def guesses(world: Path, items: list[Item]) -> list[str]:
-    """What someone would answer who knows the training data by heart and cannot see."""
+    """What someone would answer who knows the training data by heart and cannot see: for each wording the form met
+    most often, filled with the question's own words."""
     seen: dict[str, Counter] = defaultdict(Counter)
     for record in read_json(world / "instruct.json"):
-        replies = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
-        for wording, reply in zip(record["wordings"], replies, strict=True):
-            seen[wording][reply] += 1
-    return [seen[i.question.wording].most_common(1)[0][0] if seen[i.question.wording] else "" for i in items]
+        for wording, form in zip(record["wordings"], record["forms"], strict=True):
+            seen[wording][form] += 1
+    best = {wording: forms.most_common(1)[0][0] for wording, forms in seen.items()}
+    return [fill(best.get(i.question.wording, ""), i.question.parts) for i in items]
 
 
 def evaluate(models: dict[str, Llava], world: Path, per_kind: int = 300) -> dict[str, dict[str, float]]:

@@ -5,10 +5,10 @@ The form of an answer depends on the wording of its question alone, so every que
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import combinations
+from functools import lru_cache, partial
+from itertools import combinations, permutations
 
 from nanollava.miniature.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 
@@ -21,9 +21,22 @@ KINDS = PERCEPTION + REASONING
 @dataclass(frozen=True)
 class Question:
     kind: str
-    wording: str  # the text with its variable parts left out: guessing is measured for each of these
-    text: str
-    answer: str
+    wording: str  # the question with its variable parts left out: "What colour is {it}?"
+    form: str  # the answer, likewise: "{It} is red." Guessing means: for each wording the form met most often
+    parts: dict[str, str]
+
+    @property
+    def text(self) -> str:
+        return self.wording.format(**self.parts)
+
+    @property
+    def answer(self) -> str:
+        return fill(self.form, self.parts)
+
+
+def fill(form: str, parts: dict[str, str]) -> str:
+    """An answer's form with its parts; {It} is the part "it" with a capital letter."""
+    return form.format(**parts, **{name.capitalize(): part.capitalize() for name, part in parts.items()})
 
 
 def article(noun: str) -> str:
@@ -50,43 +63,39 @@ def references(scene: Scene, thing: Thing, hidden: str) -> tuple[str, ...]:
     return tuple(phrases)
 
 
+Candidates = Iterator[tuple[str, str, dict[str, str], str]]  # wording, form, parts, what the answer comes down to
+
+
 def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
-    """A question of ``kind``: first an answer is drawn from those that the scene allows, then a question that has it,
-    so that no answer is common just because many questions lead to it. None where the scene allows no question."""
-    by_answer: dict[str, list[tuple[str, dict, str]]] = {}
-    for wording, parts, answer in CANDIDATES[kind](scene, rng):
-        by_answer.setdefault(answer, []).append((wording, parts, answer))
-    if not by_answer:
-        return None
-    wording, parts, answer = rng.choice(by_answer[rng.choice(sorted(by_answer))])
-    return Question(kind, wording, wording.format(**parts), answer)
+    """A question of ``kind``: first an outcome is drawn from those that the scene allows, then a question that has it,
+    so that no outcome is common just because many questions lead to it. None where the scene allows no question."""
+    by_outcome: dict[str, list[Question]] = {}
+    for wording, form, parts, outcome in CANDIDATES[kind](scene, rng):
+        by_outcome.setdefault(outcome, []).append(Question(kind, wording, form, parts))
+    return rng.choice(by_outcome[rng.choice(sorted(by_outcome))]) if by_outcome else None
 
 
-Candidates = Iterator[tuple[str, dict, str]]
-
-
-def ask_colour(scene: Scene, rng: random.Random) -> Candidates:
+def ask_one_thing(attribute: str, wordings: tuple[str, ...], scene: Scene, rng: random.Random) -> Candidates:
+    """What is ``attribute`` of a thing? The answer takes up the words by which the question names it."""
     for thing in scene.things:
-        it = rng.choice(references(scene, thing, hidden="colour"))
-        yield "What colour is {it}?", {"it": it}, f"It is {thing.colour}."
-        yield "Which colour does {it} have?", {"it": it}, f"It is {thing.colour}."
-        yield "Tell me the colour of {it}.", {"it": it}, f"It is {thing.colour}."
+        parts = {"it": rng.choice(references(scene, thing, hidden=attribute))}
+        value = PLACES[thing.cell] if attribute == "cell" else getattr(thing, attribute)
+        told = article(value) if attribute == "shape" else value
+        for wording in wordings:
+            yield wording, f"{{It}} is {told}.", parts, value
 
 
-def ask_shape(scene: Scene, rng: random.Random) -> Candidates:
-    for thing in scene.things:
-        it = rng.choice(references(scene, thing, hidden="shape"))
-        yield "What shape is {it}?", {"it": it}, f"It is a {thing.shape}."
-        yield "What is the shape of {it}?", {"it": it}, f"It is a {thing.shape}."
-        yield "What kind of object is {it}?", {"it": it}, f"It is a {thing.shape}."
-
-
-def ask_size(scene: Scene, rng: random.Random) -> Candidates:
-    for thing in scene.things:
-        it = rng.choice(references(scene, thing, hidden="size"))
-        yield "Is {it} large or small?", {"it": it}, f"It is {thing.size}."
-        yield "What size is {it}?", {"it": it}, f"It is {thing.size}."
-        yield "How big is {it}?", {"it": it}, f"It is {thing.size}."
+ask_colour = partial(
+    ask_one_thing, "colour", ("What colour is {it}?", "Which colour does {it} have?", "Tell me the colour of {it}.")
+)
+ask_shape = partial(
+    ask_one_thing, "shape", ("What shape is {it}?", "What is the shape of {it}?", "What kind of object is {it}?")
+)
+ask_size = partial(ask_one_thing, "size", ("Is {it} large or small?", "What size is {it}?", "How big is {it}?"))
+ask_place = partial(
+    ask_one_thing, "cell",
+    ("Where is {it}?", "Where in the picture is {it}?", "In which part of the picture is {it}?"),
+)  # fmt: skip
 
 
 def groups(scene: Scene, rng: random.Random) -> Iterator[tuple[str, list[Thing]]]:
@@ -95,47 +104,47 @@ def groups(scene: Scene, rng: random.Random) -> Iterator[tuple[str, list[Thing]]
         present = sorted({getattr(t, attribute) for t in scene.things})
         absent = sorted(set(values) - set(present))
         for value in present + rng.sample(absent, min(len(absent), len(present))):
-            noun = f"{value}s" if attribute == "shape" else f"{value} objects"
-            noun = noun.replace("crosss", "crosses")
+            noun = plural(value) if attribute == "shape" else f"{value} objects"
             yield noun, [t for t in scene.things if getattr(t, attribute) == value]
 
 
+def plural(shape: str) -> str:
+    return "crosses" if shape == "cross" else f"{shape}s"
+
+
 def ask_count(scene: Scene, rng: random.Random) -> Candidates:
-    n = len(scene.things)
-    total = "There is one." if n == 1 else f"There are {NUMBERS[n]}."
-    yield "How many objects are there?", {}, total
-    yield "How many objects can you see in the picture?", {}, total
-    for noun, things in groups(scene, rng):
-        answer = "There is one." if len(things) == 1 else f"There are {NUMBERS[len(things)]}."
-        yield "How many {what} are there?", {"what": noun}, answer
-        yield "How many {what} can you see in the picture?", {"what": noun}, answer
+    """The answer names what is counted."""
+    for what, things in (("objects", scene.things), *groups(scene, rng)):
+        number = NUMBERS[len(things)]
+        named = join([article(f"{t.colour} {t.shape}") for t in things]) + f", so {number}" if things else "none"
+        yield "How many {what} are there?", f"There is {named}.", {"what": what}, number
+        yield "How many {what} can you see in the picture?", f"I can see {named}.", {"what": what}, number
 
 
 def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
-    """The absent thing is often made of a colour and a shape that are both there, but not together."""
+    """The answer first says what there is of that shape. The absent thing is often made of a colour and a shape that
+    are both there, but not together."""
     thing = rng.choice(scene.things)
     colours, shapes = [t.colour for t in scene.things], [t.shape for t in scene.things]
-    pairs = [(rng.choice(colours), rng.choice(SHAPES)), (rng.choice(list(COLOURS)), rng.choice(shapes))]
-    pairs += [(rng.choice(colours), rng.choice(shapes)) for _ in range(2)]
-    absent = [p for p in pairs if p not in zip(colours, shapes, strict=True)]
-    yes = [f"{thing.colour} {thing.shape}", f"{thing.size} {thing.shape}", thing.shape]
-    no = [" ".join(p) for p in absent]
-    no += [f"{size} {shape}" for size in SIZES for shape in shapes if (size, shape) not in {(t.size, t.shape) for t in scene.things}]  # fmt: skip  # noqa: E501
-    no += [shape for shape in rng.sample(SHAPES, 2) if shape not in shapes]
-    for nouns, first, second in ((yes, "Yes, there is.", "Yes, I can."), (no, "No, there is not.", "No, I can not.")):
-        noun = article(rng.choice(nouns)) if nouns else None
-        if noun:
-            yield "Is there {what}?", {"what": noun}, first
-            yield "Is there {what} in the picture?", {"what": noun}, first
-            yield "Can you see {what}?", {"what": noun}, second
-
-
-def ask_place(scene: Scene, rng: random.Random) -> Candidates:
-    for thing in scene.things:
-        it = rng.choice(references(scene, thing, hidden="cell"))
-        yield "Where is {it}?", {"it": it}, f"It is {PLACES[thing.cell]}."
-        yield "Where in the picture is {it}?", {"it": it}, f"It is {PLACES[thing.cell]}."
-        yield "In which part of the picture can {it} be found?", {"it": it}, f"It is {PLACES[thing.cell]}."
+    nouns = [("colour", thing.colour, thing.shape), ("size", thing.size, thing.shape), ("shape", "", thing.shape)]
+    nouns += [("colour", rng.choice(colours), rng.choice(shapes)) for _ in range(2)]
+    nouns += [("colour", rng.choice(list(COLOURS)), rng.choice(shapes))]
+    nouns += [("colour", rng.choice(colours), rng.choice(SHAPES))]
+    nouns += [("size", rng.choice(SIZES), rng.choice(shapes)), ("shape", "", rng.choice(SHAPES))]
+    for attribute, value, shape in nouns:
+        alike = [t for t in scene.things if t.shape == shape]
+        fits = [t for t in alike if attribute == "shape" or getattr(t, attribute) == value]
+        if not alike:
+            seen = "There is no {shape}"
+        elif attribute == "shape":
+            seen = f"There is one {PLACES[alike[0].cell]}" if len(alike) == 1 else f"There are {NUMBERS[len(alike)]}"
+        else:
+            values = join(list(dict.fromkeys(getattr(t, attribute) for t in alike)))
+            seen = f"The {{shape}} is {values}" if len(alike) == 1 else f"The {{shapes}} are {values}"
+        verdict = "yes" if fits else "no"
+        parts = {"what": article(f"{value} {shape}".strip()), "shape": shape, "shapes": plural(shape)}
+        for wording in ("Is there {what}?", "Is there {what} in the picture?", "Can you see {what}?"):
+            yield wording, f"{seen}, so {verdict}.", parts, verdict
 
 
 def direction(a: Thing, b: Thing) -> list[str]:
@@ -146,43 +155,43 @@ def direction(a: Thing, b: Thing) -> list[str]:
 
 OPPOSITE = {"to the left of": "to the right of", "above": "below"}
 OPPOSITE |= {b: a for a, b in OPPOSITE.items()}
+EITHER = {"to the left of": "to the left or to the right of", "above": "above or below"}
+EITHER |= {b: EITHER[a] for a, b in OPPOSITE.items() if a in EITHER}
 
 
 def ask_relation(scene: Scene, rng: random.Random) -> Candidates:
-    pairs = [(a, b) for a in scene.things for b in scene.things if a != b]
-    for a, b in pairs:
-        words = {"a": rng.choice(references(scene, a, "cell")), "b": rng.choice(references(scene, b, "cell"))}
+    """The answer compares the two places."""
+    for a, b in permutations(scene.things, 2):
+        parts = {"a": rng.choice(references(scene, a, "cell")), "b": rng.choice(references(scene, b, "cell"))}
+        seen = f"{{A}} is {PLACES[a.cell]} and {{b}} is {PLACES[b.cell]}, so"
         for way in direction(a, b):
-            yield "Is {a} {way} {b}?", words | {"way": way}, "Yes, it is."
-            yield "Is {a} {way} {b}?", words | {"way": OPPOSITE[way]}, "No, it is not."
-            if way in ("above", "below"):
-                yield "Is {a} above or below {b}?", words, f"It is {way} it."
-            else:
-                yield "Is {a} to the left or to the right of {b}?", words, f"It is {way} it."
+            yield "Is {a} {way} {b}?", f"{seen} yes.", parts | {"way": way}, "yes"
+            yield "Is {a} {way} {b}?", f"{seen} no.", parts | {"way": OPPOSITE[way]}, "no"
+            yield f"Is {{a}} {EITHER[way]} {{b}}?", f"{seen} {way.removesuffix(' of')}.", parts, way
 
 
 def ask_neighbour(scene: Scene, rng: random.Random) -> Candidates:
-    """Two steps: find one thing from another, then say what it is."""
+    """Two steps: find one thing, then another from it, and say what that is."""
     for b in scene.things:
         ways = [(way, a) for a in scene.things if a != b for way in direction(a, b)]
         for way, a in ways:
             if [w for w, _ in ways].count(way) == 1:
                 parts = {"way": way, "b": rng.choice(references(scene, b, "cell"))}
-                it = f"That is the {a.colour} {a.shape}, so it is"
-                yield "What colour is the object {way} {b}?", parts, f"{it} {a.colour}."
-                yield "What shape is the object {way} {b}?", parts, f"{it} a {a.shape}."
-                yield "Is the object {way} {b} large or small?", parts, f"{it} {a.size}."
+                found = f"{{B}} is {PLACES[b.cell]} and {{way}} it is the {a.colour} {a.shape}"
+                yield "What colour is the object {way} {b}?", f"{found}, so it is {a.colour}.", parts, a.colour
+                yield "What shape is the object {way} {b}?", f"{found}, so it is a {a.shape}.", parts, a.shape
+                yield "Is the object {way} {b} large or small?", f"{found}, so it is {a.size}.", parts, a.size
 
 
 def ask_remaining(scene: Scene, rng: random.Random) -> Candidates:
-    """Count, count those that go, subtract."""
-    n = len(scene.things)
-    for noun, things in groups(scene, rng):
-        left = n - len(things)
-        verb = "is" if n == 1 else "are"
-        answer = f"There {verb} {NUMBERS[n]} and {NUMBERS[len(things)]} would go, so {NUMBERS[left]} would be left."
-        yield "If the {what} were taken away, how many objects would be left?", {"what": noun}, answer
-        yield "How many objects would be left without the {what}?", {"what": noun}, answer
+    """Take away, see what stays, count it."""
+    for what, things in groups(scene, rng):
+        stay = [f"the {t.colour} {t.shape}" for t in scene.things if t not in things]
+        named = join(stay).capitalize() if stay else "Nothing"
+        number = NUMBERS[len(stay)]
+        form, parts = f"{named} would be left, so {number}.", {"what": what}
+        yield "If the {what} were taken away, how many objects would be left?", form, parts, number
+        yield "How many objects would be left without the {what}?", form, parts, number
 
 
 CANDIDATES = {
@@ -193,7 +202,10 @@ CANDIDATES = {
 
 def caption(scene: Scene, rng: random.Random, places: bool = True) -> str:
     """One sentence about everything, in any order, with or without places."""
-    things = rng.sample(scene.things, len(scene.things))
+    return enumerate_things(rng.sample(scene.things, len(scene.things)), places)
+
+
+def enumerate_things(things: Sequence[Thing], places: bool = True) -> str:
     phrases = [article(t.name) + (f" {PLACES[t.cell]}" if places else "") for t in things]
     return join(phrases).capitalize() + "."
 
@@ -217,7 +229,7 @@ def describe(scene: Scene, rng: random.Random) -> Question:
     request = rng.choice(list(OPENINGS))
     count = "one object" if n == 1 else f"{NUMBERS[n]} objects"
     opening = OPENINGS[request].format(count=count, be="is" if n == 1 else "are")
-    return Question("detail", request, request, " ".join([opening, *map(placed, scene.things)]))
+    return Question("detail", request, " ".join([opening, *map(placed, scene.things)]), {})
 
 
 def placed(thing: Thing) -> str:

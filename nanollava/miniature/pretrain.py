@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanollava.attention import Mask, attention
-from nanollava.checkpoint import load_vision, save_language, save_vision
+from nanollava.checkpoint import save_language, save_vision
 from nanollava.conversation import IGNORE, messages_from_record, render
 from nanollava.folder import last_good
 from nanollava.images import open_image, preprocess
@@ -34,7 +34,7 @@ from nanollava.train.stages import Stage
 from nanollava.vit import Block, VisionConfig, VisionTransformer
 
 VISION = VisionConfig(48, 16, hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4)
-LANGUAGE_STAGE = Stage("language", ("language",), "vicuna_v1", lr=8e-3, batch_size=6, epochs=1)
+LANGUAGE_STAGE = Stage("language", ("language",), "vicuna_v1", lr=2e-3, batch_size=6, epochs=1)
 ASCII = "".join(map(chr, range(33, 127)))
 SHARE_OF_SINGLE_THINGS = 0.25  # of the contrastive steps: a word for each attribute first, who has which afterwards
 
@@ -143,11 +143,11 @@ def draw_families(images: list[Annotated], steps: int, families: int) -> Iterato
         yield [f * FAMILY + i for f in chosen for i in range(FAMILY)]
 
 
-def pretrain_language(world: Path, folder: Path, tokenizer: Tokenizer, vision: Path, steps: int):
+def pretrain_language(world: Path, folder: Path, tokenizer: Tokenizer, steps: int):
     """Train a small chat model on the world's conversations in words; leave it in ``folder``, an official one. A run
     that was cut goes on from its last checkpoint."""
     torch.manual_seed(0)
-    config = LlavaConfig(load_vision(vision).config, language_config(tokenizer), max_length=192)
+    config = LlavaConfig(VISION, language_config(tokenizer), max_length=256)
     model = Llava(config, tokenizer)
     initialise(model)
     records = read_json(world / "text.json")
@@ -177,14 +177,17 @@ def make_text(record: dict, tokenizer: Tokenizer, config: LlavaConfig) -> Exampl
 
 def language_config(tokenizer: Tokenizer) -> LlamaConfig:
     return LlamaConfig(
-        tokenizer.vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+        tokenizer.vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=2,
         rms_norm_eps=1e-5, max_position_embeddings=512,
     )  # fmt: skip
 
 
 def initialise(model: Llava) -> None:
-    """LLaMA's start for the language model: small normal weights, smaller where they write to the stream."""
+    """The language model's start: matrices that keep the size of what they are given (the usual 0.02 would be five
+    times too small at this width: attention stays flat, and looking things up is learnt much later), smaller where
+    they write to the stream; small embeddings."""
     writers = (2 * len(model.language.layers)) ** -0.5
     for name, p in model.language.named_parameters():
         if p.ndim == 2:
-            nn.init.normal_(p, std=0.02 * (writers if "o_proj" in name or "down_proj" in name else 1.0))
+            size = 0.02 if "embed" in name else p.shape[1] ** -0.5
+            nn.init.normal_(p, std=size * (writers if "o_proj" in name or "down_proj" in name else 1.0))

@@ -4,9 +4,11 @@ Every step leaves a folder; a step whose folder is there is not done again, so a
 """
 
 import json
+import multiprocessing
 import os
 import platform
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +42,7 @@ class Recipe:
 
 
 RECIPES = {
-    "demo": Recipe(world.WorldSize(train=21_600, text=8_000), 1000, 900, 250, 3000),
+    "demo": Recipe(world.WorldSize(train=21_600, text=8_000), 1000, 1000, 250, 2500),
     "full": Recipe(world.WorldSize(train=21_600, text=8_000), 1300, 1200, 300, 5000),
     "smoke": Recipe(world.WorldSize(80, 12, 60, 40), 4, 4, 3, 4, per_kind=12),
 }
@@ -60,23 +62,26 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
             pretrain.train_tokenizer(drawn, out / "tokenizer")
             (drawn / "done").touch()
     tokenizer = load_tokenizer(out / "tokenizer")
+    missing = {}
     if not last_good(clip).exists():
-        with clock.step("CLIP", "A small CLIP: which caption belongs to which picture?"):
-            pretrain.pretrain_vision(drawn, clip, tokenizer, recipe.clip_steps)
+        missing["CLIP"] = pretrain.pretrain_vision, (drawn, clip, tokenizer, recipe.clip_steps)
     if not last_good(vicuna).exists():
-        with clock.step("Vicuna", "A small Vicuna: talking about scenes told in words, without pictures"):
-            pretrain.pretrain_language(drawn, vicuna, tokenizer, clip, recipe.language_steps)
+        missing["Vicuna"] = pretrain.pretrain_language, (drawn, vicuna, tokenizer, recipe.language_steps)
+    if missing:
+        title = "A small CLIP: which caption belongs to which picture? And a small Vicuna: talking of scenes unseen"
+        with clock.step(" and ".join(missing), title):
+            side_by_side(missing)
     shared = ["--images", drawn / "images", "--log-every", 50]
     with clock.step("stage 1", "Stage 1, feature alignment: the projector learns to caption"):
         run_stage(command, stage1, [
-            "stage1", "--vision", clip, "--language", vicuna, "--projector", "mlp2x_gelu", "--max-length", 192,
-            "--data", drawn / "captions.json", "--batch-size", 64, "--steps", recipe.stage1_steps, *shared,
+            "stage1", "--vision", clip, "--language", vicuna, "--projector", "mlp2x_gelu", "--whiten",
+            "--max-length", 256, "--data", drawn / "captions.json", "--batch-size", 64, "--steps", recipe.stage1_steps, *shared,
         ])  # fmt: skip
     with clock.step("stage 2", "Stage 2, visual instruction tuning: projector and language model learn to converse"):
         run_stage(command, stage2, [
             "stage2", "--model", stage1, "--data", drawn / "instruct.json", "--val", drawn / "instruct_val.json",
-            "--share-images", "--batch-size", 6, "--steps", recipe.stage2_steps, "--val-every", 500,
-            "--optimizer", "muon", "--lr", "6e-3", *shared,
+            "--share-images", "--batch-size", 8, "--steps", recipe.stage2_steps, "--val-every", 500,
+            "--optimizer", "muon", "--lr", "2e-3", "--parallel", os.cpu_count(), *shared,
         ])  # fmt: skip
     with clock.step("evaluation", "Evaluation: answers generated about scenes never seen"):
         if bundle:
@@ -88,6 +93,27 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
     if bundle:
         readme = f"{BUNDLE_README.format(out=out, machine=machine())}\n{clock.summary()}\n\n{text}\n"
         (bundle / "README.md").write_text(readme)
+
+
+def side_by_side(jobs: dict[str, tuple[Callable, tuple]]) -> None:
+    """Do independent jobs at the same time, each in a process with its share of the cores."""
+    context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // len(jobs))
+    processes = {
+        name: context.Process(target=do_quietly, args=(threads, *job), daemon=True) for name, job in jobs.items()
+    }
+    for process in processes.values():
+        process.start()
+    for name, process in processes.items():
+        process.join()
+        if process.exitcode:
+            raise Error(f"{name} failed; the lines above say why")
+
+
+def do_quietly(threads: int, function: Callable, arguments: tuple) -> None:
+    """One job of ``side_by_side``. Ctrl-C is for the parent to answer, which then ends this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    function(*arguments)
 
 
 class Clock:

@@ -20,9 +20,9 @@ COLOURS = {
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 PLACES = (
-    "in the top left corner", "at the top", "in the top right corner",
+    "at the top left", "at the top", "at the top right",
     "on the left", "in the centre", "on the right",
-    "in the bottom left corner", "at the bottom", "in the bottom right corner",
+    "at the bottom left", "at the bottom", "at the bottom right",
 )  # fmt: skip
 PAPERS = ((250, 246, 236), (236, 244, 250), (240, 248, 238), (250, 240, 242), (244, 241, 250), (246, 246, 244))
 RADIUS = {"small": 0.095, "large": 0.148}  # of the image side

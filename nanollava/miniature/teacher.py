@@ -6,7 +6,7 @@ three kinds of record in the paper's proportions, 58K conversations : 23K detail
 
 import random
 
-from nanollava.miniature.language import PERCEPTION, REASONING, Question, ask, caption, describe
+from nanollava.miniature.language import PERCEPTION, REASONING, Question, ask, caption, describe, enumerate_things
 from nanollava.miniature.scenes import Scene, Thing
 
 PROPORTIONS = {"conversation": 58, "detail": 23, "reasoning": 77}
@@ -27,12 +27,12 @@ def scene_from_boxes(instances: list[dict], side: float) -> Scene:
 
 
 def questions(scene: Scene, kind: str, rng: random.Random) -> list[Question]:
-    """The turns of one record of ``kind``: up to six for a conversation, one for the others."""
+    """The turns of one record of ``kind``: up to three for a conversation, one for the others."""
     if kind == "detail":
         return [describe(scene, rng)]
     if kind == "reasoning":
         return [ask_one(scene, REASONING, rng)]
-    turns = [ask_one(scene, PERCEPTION, rng) for _ in range(rng.randint(3, 6))]
+    turns = [ask_one(scene, PERCEPTION, rng) for _ in range(rng.randint(1, 3))]
     return list({turn.text: turn for turn in turns}.values())
 
 
@@ -57,11 +57,11 @@ def instruction_records(image_id: int, image: str, scene: Scene, rng: random.Ran
 def text_records(scene_id: int, scene: Scene, rng: random.Random, count: int) -> list[dict]:
     """``count`` records without an image: the scene is told in words, then asked about, or, once in five, summed up.
     They are what the miniature's language model learns before it has ever seen anything."""
-    told = describe(scene, rng).answer if rng.random() < 0.5 else caption(scene, rng)
+    told = describe(scene, rng).answer if rng.random() < 0.5 else enumerate_things(scene.things)
     kinds = rng.choices([*PROPORTIONS, "summary"], [*PROPORTIONS.values(), 40], k=count)
     records = []
     for number, kind in enumerate(kinds):
-        summary = Question(kind, kind, "", caption(scene, rng, places=False))
+        summary = Question(kind, "", caption(scene, rng, places=False), {})
         turns = [summary] if kind == "summary" else questions(scene, kind, rng)
         first = f"{told}\n{turns[0].text}".rstrip()
         records.append(record(f"{scene_id:012d}-{number}", turns, first) | {"kind": kind})
@@ -75,10 +75,11 @@ def caption_record(image_id: int, image: str, text: str, rng: random.Random) -> 
 
 
 def record(name: str, turns: list[Question], first: str) -> dict:
-    """Turns as an official record whose first question reads ``first``; ``wordings`` is a field of ours: by it the
-    evaluation knows what guessing would answer."""
+    """Turns as an official record whose first question reads ``first``; ``wordings`` and ``forms`` are fields of ours:
+    by them the evaluation knows what guessing would answer."""
     conversations = []
     for turn in turns:
         conversations += [{"from": "human", "value": turn.text}, {"from": "gpt", "value": turn.answer}]
     conversations[0]["value"] = first
-    return {"id": name, "conversations": conversations, "wordings": [turn.wording for turn in turns]}
+    wordings, forms = [turn.wording for turn in turns], [turn.form for turn in turns]
+    return {"id": name, "conversations": conversations, "wordings": wordings, "forms": forms}

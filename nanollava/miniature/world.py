@@ -29,7 +29,7 @@ class WorldSize:
     val: int = 600
     test: int = 1_200
     text: int = 24_000  # scenes told in words
-    records: int = 5  # for each image, and for each scene told in words
+    records: int = 8  # for each image, and for each scene told in words
 
 
 def build(folder: Path, size: WorldSize, seed: int = 0) -> None:
@@ -121,8 +121,8 @@ def instructions(count: int, image: Annotated) -> list[dict]:
 
 
 def brief(image: Annotated) -> list[dict]:
-    """Stage 1's record: the last caption, which names no places."""
-    return [caption_record(image.id, image.name, image.captions[-1], random.Random(f"brief {image.id}"))]
+    """Stage 1's record: the first caption."""
+    return [caption_record(image.id, image.name, image.captions[0], random.Random(f"brief {image.id}"))]
 
 
 def conversations(count: int, number: int) -> list[dict]:

@@ -221,8 +221,8 @@ class Dataset:
             value = zlib.crc32("\0".join(example.images).encode(), zlib.crc32(example.token_ids, value))
         return value
 
-    def batches(self, numbers: Iterable[int], rows_at_once: int = 0) -> list[Batch]:
-        """The chosen groups packed into rows, ``rows_at_once`` of them in each micro-batch (0: all in one).
+    def batches(self, numbers: Iterable[int], rows_at_once: int = 0, parts: int = 1) -> list[Batch]:
+        """The chosen groups packed into rows, ``rows_at_once`` of them in each micro-batch (0: ``parts`` equal ones).
 
         A group whose image turns out damaged is left out, with a line on stderr.
         """
@@ -232,7 +232,7 @@ class Dataset:
         whole = [g for g in groups if all(pixels[name] is not None for name in g[0].images)]
         patches, limit = self.config.vision.num_patches, self.config.max_length
         rows = pack((doc for examples in whole for doc in documents(examples, patches, limit)), limit)
-        step = rows_at_once or max(1, len(rows))
+        step = rows_at_once or max(1, -(-len(rows) // parts))
         return [collate(rows[i : i + step], patches, pixels.__getitem__) for i in range(0, len(rows), step)]
 
     def damage(self) -> str:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,6 +45,7 @@ class Options:
     weight_decay: float = 0.0
     optimizer: str = "adamw"
     rows_at_once: int = 0  # rows in memory at once: fewer means gradient accumulation; 0 is all
+    parallel: int = 1  # micro-batches computed side by side, each by its share of the cores (CPU only)
     seed: int = 0
     val_every: int = 0  # steps between validation losses; 0: only at the end
     save_every: int = 0  # steps between checkpoints; 0: only at the end
@@ -98,7 +100,8 @@ class Run:
         if self.options.compile and can_compile(self.on_cuda):
             for block in self.model.language.layers:  # one compilation serves all: the blocks differ in weights alone
                 block.compile(dynamic=True)
-        self.loop()
+        with side_by_side(self.options.parallel) as self.pool:
+            self.loop()
         self.save(final=True)
         for damage in filter(None, (data.damage() for data in (self.data, self.val) if data)):
             print(damage, flush=True)
@@ -134,12 +137,23 @@ class Run:
         """The mean loss over all target tokens of the micro-batches, and its gradients."""
         targets = max(1, sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches))
         self.tokens += sum(int((b.documents >= 0).sum()) for b in batches)
-        total = 0.0
-        for batch in batches:
-            loss = self.loss(batch)
-            (loss / targets).backward()
-            total += loss.item()
-        return total / targets
+        if self.options.parallel == 1:
+            return sum(self.backward_one(batch, targets) for batch in batches)
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        results = list(self.pool.map(lambda batch: self.gradients(batch, targets, params), batches))
+        for p, *grads in zip(params, *(grads for _, grads in results), strict=True):
+            p.grad = sum(grads)
+        return sum(loss for loss, _ in results)
+
+    def backward_one(self, batch: Batch, targets: int) -> float:
+        loss = self.loss(batch) / targets
+        loss.backward()
+        return loss.item()
+
+    def gradients(self, batch: Batch, targets: int, params: list[nn.Parameter]) -> tuple[float, tuple[torch.Tensor]]:
+        """As ``backward_one``, but returning the gradients: several threads may not add to one ``p.grad``."""
+        loss = self.loss(batch) / targets
+        return loss.item(), torch.autograd.grad(loss, params, materialize_grads=True)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=self.on_cuda):
@@ -148,7 +162,7 @@ class Run:
     def prefetch(self) -> Iterator[list[Batch]]:
         """Batches of the remaining steps in order; the next one is made while the last one is trained on."""
         numbers = draw(len(self.data), self.options.batch_size, self.options.seed, self.step)
-        make = lambda: self.data.batches(next(numbers), self.options.rows_at_once)  # noqa: E731
+        make = lambda: self.data.batches(next(numbers), self.options.rows_at_once, self.options.parallel)  # noqa: E731
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(make)
             for step in range(self.step, self.options.steps):
@@ -263,6 +277,18 @@ def can_compile(on_cuda: bool) -> bool:
     if not found:
         print("no C++ compiler found: training without torch.compile, more slowly")
     return found
+
+
+@contextmanager
+def side_by_side(count: int) -> Iterator[ThreadPoolExecutor]:
+    """``count`` workers that share the cores: small matrices do not keep several cores busy, small models do."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(max(1, cores // count))
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(cores)
 
 
 def keep_freed_memory() -> None:
