@@ -96,7 +96,10 @@ def test_answers_on_one_scene_are_those_that_a_person_would_give():
         ("Is the blue star large or small?", "The blue star is small."),
         ("How many stars are there?", "There is a red star and a blue star, so two."),
         ("How many objects are there?", "There is a red star, a red heart and a blue star, so three."),
-        ("How many objects can you see in the picture?", "I can see a red star, a red heart and a blue star, so three."),
+        (
+            "How many objects can you see in the picture?",
+            "I can see a red star, a red heart and a blue star, so three.",
+        ),
         ("Is there a blue heart?", "The heart is red, so no."),
         ("Is there a red heart?", "The heart is red, so yes."),
         ("Is there a blue star in the picture?", "The stars are red and blue, so yes."),

@@ -1,11 +1,12 @@
 """What can be said about a scene: captions, questions with their answers, descriptions; and descriptions read back.
 
-The form of an answer depends on the wording of its question alone, so every question has exactly one right answer.
+A question and a scene determine the answer word for word: things are named in reading order, and what is asked about
+is named as the question names it. Where several steps lead to an answer, it gives its evidence first ("..., so two").
 """
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import combinations, permutations
@@ -20,10 +21,12 @@ KINDS = PERCEPTION + REASONING
 
 @dataclass(frozen=True)
 class Question:
+    """A question and its only right answer, each with the parts left out that vary with the reference chosen."""
+
     kind: str
-    wording: str  # the question with its variable parts left out: "What colour is {it}?"
-    form: str  # the answer, likewise: "{It} is red." Guessing means: for each wording the form met most often
-    parts: dict[str, str]
+    wording: str  # the question: "What colour is {it}?"
+    form: str  # the answer: "{It} is red." Guessing means: for each wording the form met most often
+    parts: dict[str, str]  # {"it": "the small star"}
 
     @property
     def text(self) -> str:
@@ -58,9 +61,30 @@ def references(scene: Scene, thing: Thing, hidden: str) -> tuple[str, ...]:
             if sum(all(getattr(t, a) == getattr(thing, a) for a in shown) for t in scene.things) == 1:
                 words = [getattr(thing, a) for a in shown if a != "shape"]
                 phrases.append(" ".join(["the", *words, thing.shape if "shape" in shown else "object"]))
-    if hidden != "cell":
+    if hidden != "cell" and unmistakable(scene, thing):
         phrases.append(f"the object {PLACES[thing.cell]}")
     return tuple(phrases)
+
+
+def unmistakable(scene: Scene, thing: Thing) -> bool:
+    """Whether the place names the thing for everyone: "at the top" might also mean what stands at the top left."""
+    others = [t for t in scene.things if t != thing]
+    if PLACES[thing.cell] in ("at the top", "at the bottom"):
+        return all(t.row != thing.row for t in others)
+    if PLACES[thing.cell] in ("on the left", "on the right"):
+        return all(t.column != thing.column for t in others)
+    return True
+
+
+def listing(scene: Scene, things: Sequence[Thing], determiner: Callable[[str], str]) -> str:
+    """Things by colour and shape, and by size too where another looks the same: "a red star and a small blue heart"."""
+    looks = [(t.colour, t.shape) for t in scene.things]
+    names = [t.name if looks.count((t.colour, t.shape)) > 1 else f"{t.colour} {t.shape}" for t in things]
+    return join([determiner(name) for name in names])
+
+
+def the(noun: str) -> str:
+    return f"the {noun}"
 
 
 Candidates = Iterator[tuple[str, str, dict[str, str], str]]  # wording, form, parts, what the answer comes down to
@@ -78,7 +102,9 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
 def ask_one_thing(attribute: str, wordings: tuple[str, ...], scene: Scene, rng: random.Random) -> Candidates:
     """What is ``attribute`` of a thing? The answer takes up the words by which the question names it."""
     for thing in scene.things:
-        parts = {"it": rng.choice(references(scene, thing, hidden=attribute))}
+        if not (phrases := references(scene, thing, hidden=attribute)):
+            continue
+        parts = {"it": rng.choice(phrases)}
         value = PLACES[thing.cell] if attribute == "cell" else getattr(thing, attribute)
         told = article(value) if attribute == "shape" else value
         for wording in wordings:
@@ -89,7 +115,7 @@ ask_colour = partial(
     ask_one_thing, "colour", ("What colour is {it}?", "Which colour does {it} have?", "Tell me the colour of {it}.")
 )
 ask_shape = partial(
-    ask_one_thing, "shape", ("What shape is {it}?", "What is the shape of {it}?", "What kind of object is {it}?")
+    ask_one_thing, "shape", ("What shape is {it}?", "What is the shape of {it}?", "Tell me the shape of {it}.")
 )
 ask_size = partial(ask_one_thing, "size", ("Is {it} large or small?", "What size is {it}?", "How big is {it}?"))
 ask_place = partial(
@@ -116,14 +142,14 @@ def ask_count(scene: Scene, rng: random.Random) -> Candidates:
     """The answer names what is counted."""
     for what, things in (("objects", scene.things), *groups(scene, rng)):
         number = NUMBERS[len(things)]
-        named = join([article(f"{t.colour} {t.shape}") for t in things]) + f", so {number}" if things else "none"
-        yield "How many {what} are there?", f"There is {named}.", {"what": what}, number
+        named = f"{listing(scene, things, article)}, so {number}" if things else number
+        yield "How many {what} are there?", f"I see {named}.", {"what": what}, number
         yield "How many {what} can you see in the picture?", f"I can see {named}.", {"what": what}, number
 
 
 def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
-    """The answer first says what there is of that shape. The absent thing is often made of a colour and a shape that
-    are both there, but not together."""
+    """The answer names what there is of that shape. The absent thing is often made of a colour and a shape that are
+    both there, but not together."""
     thing = rng.choice(scene.things)
     colours, shapes = [t.colour for t in scene.things], [t.shape for t in scene.things]
     nouns = [("colour", thing.colour, thing.shape), ("size", thing.size, thing.shape), ("shape", "", thing.shape)]
@@ -133,18 +159,13 @@ def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
     nouns += [("size", rng.choice(SIZES), rng.choice(shapes)), ("shape", "", rng.choice(SHAPES))]
     for attribute, value, shape in nouns:
         alike = [t for t in scene.things if t.shape == shape]
-        fits = [t for t in alike if attribute == "shape" or getattr(t, attribute) == value]
-        if not alike:
-            seen = "There is no {shape}"
-        elif attribute == "shape":
-            seen = f"There is one {PLACES[alike[0].cell]}" if len(alike) == 1 else f"There are {NUMBERS[len(alike)]}"
-        else:
-            values = join(list(dict.fromkeys(getattr(t, attribute) for t in alike)))
-            seen = f"The {{shape}} is {values}" if len(alike) == 1 else f"The {{shapes}} are {values}"
-        verdict = "yes" if fits else "no"
-        parts = {"what": article(f"{value} {shape}".strip()), "shape": shape, "shapes": plural(shape)}
-        for wording in ("Is there {what}?", "Is there {what} in the picture?", "Can you see {what}?"):
-            yield wording, f"{seen}, so {verdict}.", parts, verdict
+        verdict = "yes" if any(attribute == "shape" or getattr(t, attribute) == value for t in alike) else "no"
+        told = "size" if attribute == "size" else "colour"
+        seen = join([article(f"{getattr(t, told)} {shape}") for t in alike]) if alike else "no {shape}"
+        what = {"colour": "{coloured}", "size": f"a {value} {{shape}}", "shape": "{any}"}[attribute]
+        parts = {"shape": shape, "any": article(shape), "coloured": article(f"{value} {shape}")}
+        for wording in ("Is there {}?", "Is there {} in the picture?", "Can you see {}?"):
+            yield wording.format(what), f"I see {seen}, so {verdict}.", parts, verdict
 
 
 def direction(a: Thing, b: Thing) -> list[str]:
@@ -167,7 +188,7 @@ def ask_relation(scene: Scene, rng: random.Random) -> Candidates:
         for way in direction(a, b):
             yield "Is {a} {way} {b}?", f"{seen} yes.", parts | {"way": way}, "yes"
             yield "Is {a} {way} {b}?", f"{seen} no.", parts | {"way": OPPOSITE[way]}, "no"
-            yield f"Is {{a}} {EITHER[way]} {{b}}?", f"{seen} {way.removesuffix(' of')}.", parts, way
+            yield f"Is {{a}} {EITHER[way]} {{b}}?", f"{seen} it is {way.removesuffix(' of')}.", parts, way
 
 
 def ask_neighbour(scene: Scene, rng: random.Random) -> Candidates:
@@ -177,17 +198,20 @@ def ask_neighbour(scene: Scene, rng: random.Random) -> Candidates:
         for way, a in ways:
             if [w for w, _ in ways].count(way) == 1:
                 parts = {"way": way, "b": rng.choice(references(scene, b, "cell"))}
-                found = f"{{B}} is {PLACES[b.cell]} and {{way}} it is the {a.colour} {a.shape}"
-                yield "What colour is the object {way} {b}?", f"{found}, so it is {a.colour}.", parts, a.colour
-                yield "What shape is the object {way} {b}?", f"{found}, so it is a {a.shape}.", parts, a.shape
-                yield "Is the object {way} {b} large or small?", f"{found}, so it is {a.size}.", parts, a.size
+                found = f"{{B}} is {PLACES[b.cell]} and {{way}} it is the"
+                for wording, form, outcome in (
+                    ("What colour is the object {way} {b}?", f"{a.size} {a.shape}, which is {a.colour}", a.colour),
+                    ("What shape is the object {way} {b}?", f"{a.colour} object, which is a {a.shape}", a.shape),
+                    ("Is the object {way} {b} large or small?", f"{a.colour} {a.shape}, which is {a.size}", a.size),
+                ):
+                    yield wording, f"{found} {form}.", parts, outcome
 
 
 def ask_remaining(scene: Scene, rng: random.Random) -> Candidates:
     """Take away, see what stays, count it."""
     for what, things in groups(scene, rng):
-        stay = [f"the {t.colour} {t.shape}" for t in scene.things if t not in things]
-        named = join(stay).capitalize() if stay else "Nothing"
+        stay = [t for t in scene.things if t not in things]
+        named = listing(scene, stay, the).capitalize() if stay else "Nothing"
         number = NUMBERS[len(stay)]
         form, parts = f"{named} would be left, so {number}.", {"what": what}
         yield "If the {what} were taken away, how many objects would be left?", form, parts, number
@@ -218,7 +242,7 @@ def captions(scene: Scene, rng: random.Random) -> list[str]:
 OPENINGS = {
     "Describe the picture in detail.": "The picture shows {count}.",
     "Give a detailed description of the image.": "The image shows {count}.",
-    "Explain everything that you can see in this picture.": "I can see {count} in this picture.",
+    "Describe everything that you can see in this picture.": "I can see {count} in this picture.",
     "What is in this image? Describe all of it.": "There {be} {count} in this image.",
 }
 

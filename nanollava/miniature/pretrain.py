@@ -171,8 +171,9 @@ def make_text(record: dict, tokenizer: Tokenizer, config: LlavaConfig) -> Exampl
     if record["kind"] != "summary":
         return make_example(record, tokenizer, config, LANGUAGE_STAGE.template)
     told, summary = (turn["value"] for turn in record["conversations"])
-    ids, told_ids = tokenizer.encode(f"{told} {summary}\n"), tokenizer.encode(told)
-    return Example(np.array(ids, np.int32), np.array([IGNORE] * len(told_ids) + ids[len(told_ids) :], np.int32), ())
+    told_ids, summary_ids = tokenizer.encode(told), tokenizer.encode(f" {summary}\n", bos=False, prefix=False)
+    labels = [IGNORE] * len(told_ids) + summary_ids
+    return Example(np.array(told_ids + summary_ids, np.int32), np.array(labels, np.int32), ())
 
 
 def language_config(tokenizer: Tokenizer) -> LlamaConfig:
@@ -183,7 +184,7 @@ def language_config(tokenizer: Tokenizer) -> LlamaConfig:
 
 
 def initialise(model: Llava) -> None:
-    """The language model's start: matrices that keep the size of what they are given (the usual 0.02 would be five
+    """The language model's start: matrices that keep the size of what they are given (the usual 0.02 would be four
     times too small at this width: attention stays flat, and looking things up is learnt much later), smaller where
     they write to the stream; small embeddings."""
     writers = (2 * len(model.language.layers)) ** -0.5

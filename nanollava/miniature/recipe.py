@@ -22,6 +22,7 @@ from nanollava.checkpoint import load, write
 from nanollava.error import Error
 from nanollava.evaluate.miniature import caption_f1, evaluate, table
 from nanollava.folder import atomic_folder, last_good
+from nanollava.llava import Llava
 from nanollava.miniature import pretrain, world
 from nanollava.miniature.scenes import Scene, Thing, draw, random_scene
 from nanollava.tokenizer import load_tokenizer
@@ -41,14 +42,20 @@ class Recipe:
     per_kind: int = 300  # test questions of each kind
 
 
+WORLD = world.WorldSize(train=21_600, text=8_000)
 RECIPES = {
-    "demo": Recipe(world.WorldSize(train=21_600, text=8_000), 1000, 1000, 250, 2500),
-    "full": Recipe(world.WorldSize(train=21_600, text=8_000), 1300, 1200, 300, 5000),
+    "demo": Recipe(WORLD, clip_steps=1000, language_steps=1000, stage1_steps=250, stage2_steps=2400),
+    "full": Recipe(WORLD, clip_steps=1000, language_steps=1000, stage1_steps=250, stage2_steps=7200),
     "smoke": Recipe(world.WorldSize(80, 12, 60, 40), 4, 4, 3, 4, per_kind=12),
 }
 SAMPLE = Scene(
     (Thing(0, "large", "yellow", "star"), Thing(1, "small", "red", "heart"), Thing(3, "large", "blue", "circle"))
 )
+ASKED = (
+    "How many objects are there?", "What colour is the heart?", "Is there a blue star?",
+    "Is the star above or below the circle?", "What shape is the object to the right of the star?",
+    "Describe the picture in detail.",
+)  # fmt: skip
 
 
 def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | None = None) -> None:
@@ -68,39 +75,44 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
     if not last_good(vicuna).exists():
         missing["Vicuna"] = pretrain.pretrain_language, (drawn, vicuna, tokenizer, recipe.language_steps)
     if missing:
-        title = "A small CLIP: which caption belongs to which picture? And a small Vicuna: talking of scenes unseen"
+        title = "A small CLIP: which caption belongs to which picture? A small Vicuna: scenes told in words"
         with clock.step(" and ".join(missing), title):
-            side_by_side(missing)
+            in_processes(missing)
     shared = ["--images", drawn / "images", "--log-every", 50]
     with clock.step("stage 1", "Stage 1, feature alignment: the projector learns to caption"):
         run_stage(command, stage1, [
             "stage1", "--vision", clip, "--language", vicuna, "--projector", "mlp2x_gelu", "--whiten",
-            "--max-length", 256, "--data", drawn / "captions.json", "--batch-size", 64, "--steps", recipe.stage1_steps, *shared,
+            "--max-length", 256, "--data", drawn / "captions.json", "--batch-size", 64,
+            "--steps", recipe.stage1_steps, *shared,
         ])  # fmt: skip
     with clock.step("stage 2", "Stage 2, visual instruction tuning: projector and language model learn to converse"):
         run_stage(command, stage2, [
             "stage2", "--model", stage1, "--data", drawn / "instruct.json", "--val", drawn / "instruct_val.json",
             "--share-images", "--batch-size", 8, "--steps", recipe.stage2_steps, "--val-every", 500,
-            "--optimizer", "muon", "--lr", "2e-3", "--parallel", os.cpu_count(), *shared,
+            "--optimizer", "muon", "--lr", "2e-3", "--parallel", min(4, torch.get_num_threads()), *shared,
         ])  # fmt: skip
     with clock.step("evaluation", "Evaluation: answers generated about scenes never seen"):
         if bundle:
             give_away(stage2, bundle)
         text = report(out, recipe, stage1, bundle or stage2, drawn)
-    print(
-        f"{text}\n\n{clock.summary()}\ntalk to it:  python chat.py {bundle or stage2} --image PICTURE.png", flush=True
-    )
+    draw(SAMPLE, seed=3, side=192)[0].save(out / "sample.png")
+    talk = ask_each(load(bundle or stage2), out / "sample.png")
+    print(f"{text}\n\nAsked about {out / 'sample.png'}, which no phase of training has seen:\n\n{talk}\n")
+    print(f"{clock.summary()}\ntalk to it:  python chat.py {bundle or stage2} --image {out / 'sample.png'}", flush=True)
     if bundle:
-        readme = f"{BUNDLE_README.format(out=out, machine=machine())}\n{clock.summary()}\n\n{text}\n"
+        readme = BUNDLE_README.format(out=out, machine=machine(), clock=clock.summary(), text=text, talk=talk)
         (bundle / "README.md").write_text(readme)
 
 
-def side_by_side(jobs: dict[str, tuple[Callable, tuple]]) -> None:
+def ask_each(model: Llava, picture: Path) -> str:
+    """A few questions about a picture, each on its own, and what the model answers."""
+    return "\n".join(f"> {question}\n{model.answer(picture, question)}" for question in ASKED)
+
+
+def in_processes(jobs: dict[str, tuple[Callable, tuple]]) -> None:
     """Do independent jobs at the same time, each in a process with its share of the cores."""
     context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // len(jobs))
-    processes = {
-        name: context.Process(target=do_quietly, args=(threads, *job), daemon=True) for name, job in jobs.items()
-    }
+    processes = {name: context.Process(target=do_one, args=(threads, *job), daemon=True) for name, job in jobs.items()}
     for process in processes.values():
         process.start()
     for name, process in processes.items():
@@ -109,8 +121,8 @@ def side_by_side(jobs: dict[str, tuple[Callable, tuple]]) -> None:
             raise Error(f"{name} failed; the lines above say why")
 
 
-def do_quietly(threads: int, function: Callable, arguments: tuple) -> None:
-    """One job of ``side_by_side``. Ctrl-C is for the parent to answer, which then ends this process."""
+def do_one(threads: int, function: Callable, arguments: tuple) -> None:
+    """One job of ``in_processes``. Ctrl-C is for the parent to answer, which then ends this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     function(*arguments)
@@ -127,9 +139,11 @@ class Clock:
     def step(self, name: str, title: str) -> Iterator[None]:
         total, started = sum(self.seconds.values()), time.perf_counter()
         print(f"\n[{minutes(total)}] {title}", flush=True)
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-        self.file.write_text(json.dumps(self.seconds))
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self.file.write_text(json.dumps(self.seconds))
 
     def summary(self) -> str:
         steps = ", ".join(f"{name} {minutes(seconds)}" for name, seconds in self.seconds.items())
@@ -175,7 +189,17 @@ A LLaVA of 2.2 million parameters, trained from nothing on pictures that the rep
 
     python train.py miniature --recipe full --out {out} --bundle weights/miniature
 
-on {machine}. `sample.png` is a scene that it was not trained on.
+on {machine}. {clock}
+
+{text}
+
+`sample.png` is a scene that it was not trained on:
+
+![The sample](sample.png)
+
+```
+{talk}
+```
 """
 
 

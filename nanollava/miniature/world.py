@@ -25,11 +25,11 @@ FAMILY = 4  # images that follow each other and differ as little as possible
 
 @dataclass(frozen=True)
 class WorldSize:
-    train: int = 24_000  # images; a multiple of FAMILY
+    train: int  # images; a multiple of FAMILY
     val: int = 600
     test: int = 1_200
-    text: int = 24_000  # scenes told in words
-    records: int = 8  # for each image, and for each scene told in words
+    text: int = 8_000  # scenes told in words
+    records: int = 8  # for each image, and for each scene told in words, that has two things
 
 
 def build(folder: Path, size: WorldSize, seed: int = 0) -> None:
@@ -117,7 +117,14 @@ def read_split(folder: Path, split: str) -> list[Annotated]:
 
 
 def instructions(count: int, image: Annotated) -> list[dict]:
-    return instruction_records(image.id, image.name, image.scene, random.Random(f"instruct {image.id}"), count)
+    rng = random.Random(f"instruct {image.id}")
+    return instruction_records(image.id, image.name, image.scene, rng, records_for(image.scene, count))
+
+
+def records_for(scene: Scene, count: int) -> int:
+    """The more there is to see, the more is asked: ``count`` records about two things, half as many about one, half as
+    many again about three."""
+    return max(1, count * len(scene.things) // 2)
 
 
 def brief(image: Annotated) -> list[dict]:
@@ -127,7 +134,8 @@ def brief(image: Annotated) -> list[dict]:
 
 def conversations(count: int, number: int) -> list[dict]:
     rng = random.Random(f"text {number}")
-    return text_records(number, random_scene(rng, "train"), rng, count)
+    scene = random_scene(rng, "train")
+    return text_records(number, scene, rng, records_for(scene, count))
 
 
 def write_records(file: Path, subjects: Sequence, make: Callable[..., list[dict]]) -> None:

@@ -45,7 +45,7 @@ class Options:
     weight_decay: float = 0.0
     optimizer: str = "adamw"
     rows_at_once: int = 0  # rows in memory at once: fewer means gradient accumulation; 0 is all
-    parallel: int = 1  # micro-batches computed side by side, each by its share of the cores (CPU only)
+    parallel: int = 1  # micro-batches computed side by side on a CPU, each with gradients and a share of the cores
     seed: int = 0
     val_every: int = 0  # steps between validation losses; 0: only at the end
     save_every: int = 0  # steps between checkpoints; 0: only at the end
@@ -86,6 +86,7 @@ class Run:
         model.config.stage = stage.name if stage.name in STAGES else ""
         model.config.template = stage.template
         self.on_cuda = model.device.type == "cuda"
+        self.parallel = options.parallel if model.device.type == "cpu" else 1
         self.rates = {"projector": options.projector_lr or options.lr, "language": options.lr}
         parts = [(getattr(model, part), self.rates[part]) for part in stage.trained]
         self.optimizers = make_optimizers(parts, options.optimizer, options.weight_decay)
@@ -100,7 +101,7 @@ class Run:
         if self.options.compile and can_compile(self.on_cuda):
             for block in self.model.language.layers:  # one compilation serves all: the blocks differ in weights alone
                 block.compile(dynamic=True)
-        with side_by_side(self.options.parallel) as self.pool:
+        with share_cores(self.parallel) as self.pool:
             self.loop()
         self.save(final=True)
         for damage in filter(None, (data.damage() for data in (self.data, self.val) if data)):
@@ -137,23 +138,20 @@ class Run:
         """The mean loss over all target tokens of the micro-batches, and its gradients."""
         targets = max(1, sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches))
         self.tokens += sum(int((b.documents >= 0).sum()) for b in batches)
-        if self.options.parallel == 1:
-            return sum(self.backward_one(batch, targets) for batch in batches)
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        results = list(self.pool.map(lambda batch: self.gradients(batch, targets, params), batches))
-        for p, *grads in zip(params, *(grads for _, grads in results), strict=True):
-            p.grad = sum(grads)
-        return sum(loss for loss, _ in results)
+        params, total = [p for p in self.model.parameters() if p.requires_grad], 0.0
+        compute = lambda batch: self.gradients(batch, targets, params)  # noqa: E731
+        for loss, grads in map(compute, batches) if self.parallel == 1 else self.pool.map(compute, batches):
+            total += loss
+            for p, grad in zip(params, grads, strict=True):
+                if grad is not None:
+                    p.grad = grad if p.grad is None else p.grad.add_(grad)
+        return total
 
-    def backward_one(self, batch: Batch, targets: int) -> float:
+    def gradients(self, batch: Batch, targets: int, params: list[nn.Parameter]) -> tuple[float, tuple]:
+        """The loss of one micro-batch as a share of its step's, and its gradients: returned, not added up here, for
+        threads may not add to one ``p.grad`` at the same time."""
         loss = self.loss(batch) / targets
-        loss.backward()
-        return loss.item()
-
-    def gradients(self, batch: Batch, targets: int, params: list[nn.Parameter]) -> tuple[float, tuple[torch.Tensor]]:
-        """As ``backward_one``, but returning the gradients: several threads may not add to one ``p.grad``."""
-        loss = self.loss(batch) / targets
-        return loss.item(), torch.autograd.grad(loss, params, materialize_grads=True)
+        return loss.item(), torch.autograd.grad(loss, params, allow_unused=True)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=self.on_cuda):
@@ -162,7 +160,7 @@ class Run:
     def prefetch(self) -> Iterator[list[Batch]]:
         """Batches of the remaining steps in order; the next one is made while the last one is trained on."""
         numbers = draw(len(self.data), self.options.batch_size, self.options.seed, self.step)
-        make = lambda: self.data.batches(next(numbers), self.options.rows_at_once, self.options.parallel)  # noqa: E731
+        make = lambda: self.data.batches(next(numbers), self.options.rows_at_once, self.parallel)  # noqa: E731
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(make)
             for step in range(self.step, self.options.steps):
@@ -173,16 +171,19 @@ class Run:
                     ahead = pool.submit(make)
                 yield batches
 
-    @torch.no_grad()
     def validate(self) -> float:
         """Mean loss over the target tokens of the validation set."""
         total, targets = 0.0, 0
         for first in range(0, len(self.val), self.options.batch_size):
             numbers = range(first, min(first + self.options.batch_size, len(self.val)))
-            for batch in self.val.batches(numbers, self.options.rows_at_once):
-                total += self.loss(batch).item()
-                targets += int((batch.labels[:, 1:] != IGNORE).sum())
+            batches = self.val.batches(numbers, self.options.rows_at_once, self.parallel)
+            total += sum(self.pool.map(self.loss_alone, batches))
+            targets += sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)
         return total / max(1, targets)
+
+    @torch.no_grad()
+    def loss_alone(self, batch: Batch) -> float:
+        return self.loss(batch).item()
 
     def report(self, entry: dict, last: bool) -> None:
         """A line of metrics for every step, a line on the terminal for some."""
@@ -210,7 +211,11 @@ class Run:
 
     def fingerprint(self) -> dict:
         """What must be the same for a resumed run to give the losses of an undisturbed one."""
-        shaping = {k: v for k, v in asdict(self.options).items() if not k.endswith("_every") and k != "compile"}
+        shaping = {
+            k: v
+            for k, v in asdict(self.options).items()
+            if not k.endswith("_every") and k not in ("compile", "parallel")
+        }
         return {
             "stage": self.stage.name,
             "config": asdict(self.model.config),
@@ -280,7 +285,7 @@ def can_compile(on_cuda: bool) -> bool:
 
 
 @contextmanager
-def side_by_side(count: int) -> Iterator[ThreadPoolExecutor]:
+def share_cores(count: int) -> Iterator[ThreadPoolExecutor]:
     """``count`` workers that share the cores: small matrices do not keep several cores busy, small models do."""
     cores = torch.get_num_threads()
     torch.set_num_threads(max(1, cores // count))
