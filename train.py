@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from nanollava.checkpoint import load, load_language, load_vision
-from nanollava.error import Error
-from nanollava.folder import first_line, last_good
+from nanollava.error import Error, first_line
+from nanollava.folder import last_good
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.miniature.recipe import RECIPES, run_miniature
 from nanollava.projector import make_projector, whiten
@@ -47,6 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def run(argv: list[str]) -> None:
+    """A command as typed; raises whatever goes wrong."""
+    args = make_parser().parse_args(argv)
+    args.run(args)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command", metavar="miniature|stage1|stage2")
@@ -56,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     mini.add_argument("--out", type=Path, default=Path("runs/miniature"), help="folder for everything made")
     mini.add_argument("--recipe", choices=list(RECIPES), default="demo", help="how much of everything")
     mini.add_argument("--bundle", type=Path, help="folder for the weights in half precision, to give away")
-    mini.set_defaults(run=lambda args: run_miniature(args.out, RECIPES[args.recipe], main, args.bundle))
+    mini.set_defaults(run=lambda args: run_miniature(args.out, RECIPES[args.recipe], run, args.bundle))
     return parser
 
 
@@ -74,7 +80,7 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--val", type=Path, help="records for a validation loss")
     add("--val-fraction", type=float, default=0.0, help="or: this share of --data, kept out of training")
     add("--val-every", type=int, default=0, help="steps between validation losses (0: at the end)")
-    add("--projector", choices=("linear", "mlp2x_gelu"), default="linear", help="the paper's, or v1.5's")
+    add("--projector", choices=("linear", "mlp2x_gelu"), help="the paper's (the default), or v1.5's")
     add("--image-aspect-ratio", choices=("crop", "pad"), help="how pictures become squares (crop)")
     add("--max-length", type=int, help="positions of a row after splicing (2048)")
     add("--lr", type=float, default=stage.lr, help=f"learning rate ({stage.lr})")
@@ -145,6 +151,8 @@ def check_device(name: str) -> None:
 def build_model(args: argparse.Namespace) -> Llava:
     """The model to start from: a LLaVA folder, or a new projector between a CLIP and a Vicuna."""
     if start := getattr(args, "model", None):
+        if args.projector or args.language:
+            raise Error("--projector and --language belong to a new model: --model has its own; leave them out")
         model = load(start, args.device, torch.float32, vision=args.vision)
         model.config.max_length = args.max_length or model.config.max_length
         model.config.image_aspect_ratio = args.image_aspect_ratio or model.config.image_aspect_ratio
@@ -156,7 +164,7 @@ def build_model(args: argparse.Namespace) -> Llava:
     config = LlavaConfig(
         vision.config,
         language.config,
-        args.projector,
+        args.projector or "linear",
         image_aspect_ratio=args.image_aspect_ratio or "crop",
         max_length=args.max_length or 2048,
     )
@@ -181,10 +189,10 @@ def read_data(args: argparse.Namespace, model: Llava, stage: Stage) -> tuple[lis
 
 
 @torch.no_grad()
-def patch_features(model: Llava, data: Dataset, images: int = 1000) -> torch.Tensor:
-    """(M, C) patch features of some training images. Raises Error where there are none."""
+def patch_features(model: Llava, data: Dataset, images: int = 256) -> torch.Tensor:
+    """(M N, C) patch features of M training images, ``images`` or fewer. Raises Error where there are none."""
     names = sorted({name for examples in data.groups for example in examples for name in example.images})
-    pixels = [p for p in map(data.load, names[:: max(1, len(names) // images)]) if p is not None]
+    pixels = [p for p in map(data.load, names[:: -(-len(names) // images) or 1]) if p is not None]
     if not pixels:
         raise Error("--whiten: no image to learn the features' spread from; leave it out")
     batches = torch.stack(pixels).to(model.device).split(64)

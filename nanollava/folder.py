@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanollava.error import Error
+from nanollava.error import Error, first_line
 
 LFS_POINTER = b"version https://git-lfs"  # how a file begins that git cloned without its contents
 
@@ -202,11 +202,6 @@ def _from_the_disk(error: Exception) -> bool:
 
 
 # ---------------------------------------------------------------- wording
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def some(names: list[str], shown: int = 10) -> str:

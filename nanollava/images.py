@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from nanollava.error import Error
+from nanollava.error import Error, first_line
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images: red, green, blue, in units of full brightness
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -106,7 +106,7 @@ def open_image(path: str | Path, exif: bool = False) -> Image.Image:
             image.load()
             picture = to_rgb(_upright(image) if exif else image)
         except Exception as error:  # Pillow's decoders raise a dozen kinds; all mean that the file is damaged
-            raise Error(f"{path}: the image is damaged or incomplete ({_first_line(error)}); fetch it again") from error
+            raise Error(f"{path}: the image is damaged or incomplete ({first_line(error)}); fetch it again") from error
     return picture
 
 
@@ -135,7 +135,7 @@ def _open(path: str | Path) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise Error(f"{path}: not an image that Pillow can read; convert it to JPEG or PNG") from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise Error(f"{path}: the image cannot be read ({_first_line(error)})") from error
+        raise Error(f"{path}: the image cannot be read ({first_line(error)})") from error
     if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
         image.close()
         raise Error(_too_large(path, f"{image.width} x {image.height}, beyond"))
@@ -153,8 +153,3 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:  # broken metadata is no reason to refuse the picture
         return image
-
-
-def _first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -154,7 +154,7 @@ class Llava(nn.Module):
         return answer(self, image, question, **sampling)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Summed cross-entropy of all target tokens (equation 2); divide by their number over the whole step."""
+        """Summed cross-entropy of all target tokens (equation 3); divide by their number over the whole step."""
         mask = Mask(documents=batch.documents, branches=batch.branches)
         x = self.embed(batch.token_ids, batch.features, batch.pixels)
         hidden = self.language.hidden(x, batch.positions, mask)

@@ -1,4 +1,5 @@
-"""The bridge from patch features to image tokens: H_v = W Z_v (LLaVA equation 1), or the two-layer MLP of v1.5.
+"""The bridge from patch features to image tokens: H_v = W Z_v (LLaVA equation 1; with a bias, as in the official code),
+or the two-layer MLP of v1.5.
 
 Shapes: B batch, N patches, C vision width, D language width.
 """
@@ -24,17 +25,19 @@ def make_projector(kind: str, C: int, D: int) -> nn.Module:
 
 @torch.no_grad()
 def whiten(projector: nn.Module, features: Tensor, smallest: float = 1e-4) -> None:
-    """Start the first layer as a random rotation of whitened features (M, C), so that what varies little is heard as
-    well as what varies most. Directions with less than ``smallest`` of the largest variance stay quiet.
+    """Start the first layer so that what comes out of it for ``features``, (M N, C) of M images, has variance one in
+    all directions and mean zero: x -> R (A^T (x - mean) / sqrt(variances)), where A and variances are the eigenvectors
+    and eigenvalues of the features' covariance and R (D, C) is random and orthogonal. Variances below ``smallest`` of
+    the largest are not blown up further.
 
-    Not in the paper: a small tower says where a patch lies much more softly than what is in it, and a small language
-    model with little time would never hear it.
+    Not in the paper. A small tower says where a patch lies with much less variance than what is in it; started like
+    this, a small language model learns both at the same time.
     """
     first = projector if isinstance(projector, nn.Linear) else projector[0]
-    features = features.double()
-    variances, axes = torch.linalg.eigh(torch.cov(features.T))
+    features = features.cpu().double()
+    variances, axes = torch.linalg.eigh(torch.cov(features.T))  # (C,), (C, C)
     scales = (variances.clamp(min=0) + smallest * variances.max()).rsqrt()
-    rotation = nn.init.orthogonal_(torch.empty_like(first.weight, dtype=torch.float64))
-    weight = rotation * scales @ axes.T
+    rotation = nn.init.orthogonal_(torch.empty(first.weight.shape, dtype=torch.float64))
+    weight = rotation * scales @ axes.T  # (D, C)
     first.weight.copy_(weight)
     first.bias.copy_(-weight @ features.mean(dim=0))

@@ -29,7 +29,7 @@ from nanollava.train.data import (
     group_by_image,
     image_path,
     pack,
-    read_json,
+    read_list,
     read_records,
 )
 from nanollava.vit import VisionConfig
@@ -454,7 +454,7 @@ def test_a_file_that_is_no_list_of_records_is_an_error_that_names_it(content, wo
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(Error, match=words) as caught:
-        read_json(file)
+        read_list(file)
     assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
 
 

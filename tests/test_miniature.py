@@ -74,6 +74,15 @@ def test_a_reference_fits_one_thing_only_and_hides_what_is_asked():
             assert all(word not in phrase.split() for phrase in language.references(SCENE, thing, hidden))
 
 
+def test_things_that_look_alike_are_told_apart_and_places_that_mislead_are_not_used():
+    twins = Scene((Thing(0, "large", "red", "star"), Thing(1, "small", "red", "star")))
+    assert language.listing(twins, twins.things, language.article) == "a large red star and a small red star"
+    assert language.listing(SCENE, SCENE.things[:2], language.the) == "the red star and the red heart"
+    assert "the object at the top" not in language.references(twins, twins.things[1], "colour")
+    assert "the object at the top left" in language.references(twins, twins.things[0], "colour")
+    assert "the object at the bottom" in language.references(SCENE, SCENE.things[2], "colour")
+
+
 def matching(scene: Scene, words: list[str]) -> list[Thing]:
     """The things that fit every word of a noun phrase, read word by word: not how the phrases were made."""
     singular = [
@@ -94,21 +103,19 @@ def test_answers_on_one_scene_are_those_that_a_person_would_give():
         ("What colour is the heart?", "The heart is red."),
         ("What shape is the blue object?", "The blue object is a star."),
         ("Is the blue star large or small?", "The blue star is small."),
-        ("How many stars are there?", "There is a red star and a blue star, so two."),
-        ("How many objects are there?", "There is a red star, a red heart and a blue star, so three."),
-        (
-            "How many objects can you see in the picture?",
-            "I can see a red star, a red heart and a blue star, so three.",
-        ),
-        ("Is there a blue heart?", "The heart is red, so no."),
-        ("Is there a red heart?", "The heart is red, so yes."),
-        ("Is there a blue star in the picture?", "The stars are red and blue, so yes."),
-        ("Can you see a heart?", "There is one at the top right, so yes."),
-        ("Can you see a cross?", "There is no cross, so no."),
+        ("How many stars are there?", "I see a red star and a blue star, so two."),
+        ("How many objects are there?", "I see a red star, a red heart and a blue star, so three."),
+        ("How many crosses can you see in the picture?", "I can see none."),
+        ("Is there a blue heart?", "I see a red heart, so no."),
+        ("Is there a red heart?", "I see a red heart, so yes."),
+        ("Is there a blue star in the picture?", "I see a red star and a blue star, so yes."),
+        ("Is there a large star?", "I see a large star and a small star, so yes."),
+        ("Can you see a heart?", "I see a red heart, so yes."),
+        ("Can you see a cross?", "I see no cross, so no."),
         ("Where is the heart?", "The heart is at the top right."),
         (
             "Is the heart to the left or to the right of the blue star?",
-            "The heart is at the top right and the blue star is at the bottom, so to the right.",
+            "The heart is at the top right and the blue star is at the bottom, so it is to the right.",
         ),
         (
             "Is the blue star above the heart?",
@@ -116,9 +123,18 @@ def test_answers_on_one_scene_are_those_that_a_person_would_give():
         ),
         (
             "What shape is the object to the right of the blue star?",
-            "The blue star is at the bottom and to the right of it is the red heart, so it is a heart.",
+            "The blue star is at the bottom and to the right of it is the red object, which is a heart.",
+        ),
+        (
+            "Is the object below the heart large or small?",
+            "The heart is at the top right and below it is the blue star, which is small.",
         ),
         ("How many objects would be left without the stars?", "The red heart would be left, so one."),
+        (
+            "If the hearts were taken away, how many objects would be left?",
+            "The red star and the blue star would be left, so two.",
+        ),
+        ("How many objects would be left without the small objects?", "The red star would be left, so one."),
     }
     assert expected <= set().union(*asked.values())
 
@@ -178,7 +194,7 @@ def test_guessing_a_two_way_question_is_right_half_of_the_time(kind):
         if question := language.ask(scene, kind, rng):
             answers[question.wording][last_word(question.answer)] += 1
     for counts in answers.values():
-        assert max(counts.values()) / counts.total() < 0.55  # 3 standard deviations of 1,000 fair draws: 0.05
+        assert max(counts.values()) / counts.total() < 0.57  # 3 standard deviations of 500 fair draws: 0.067
 
 
 def test_a_description_read_back_is_the_scene():

@@ -1,17 +1,22 @@
 """The whole chain of `train.py miniature`, tiny, and the sums behind its table."""
 
 import json
+import multiprocessing
 import shutil
+import time
 from collections import Counter
 
 import pytest
 
 import train
 from nanollava.checkpoint import load
+from nanollava.error import Error
 from nanollava.evaluate import miniature as evaluation
 from nanollava.miniature.language import KINDS, Question
+from nanollava.miniature.recipe import Clock, in_processes
 from nanollava.miniature.scenes import Scene, Thing
 from nanollava.miniature.world import Annotated
+from nanollava.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,47 @@ def test_a_finished_chain_is_not_trained_again_and_a_missing_part_is(finished, c
     assert (finished / "run/stage1/model.safetensors").stat().st_mtime_ns == before
     printed = capsys.readouterr().out
     assert "python train.py stage2" in printed and "python train.py stage1" not in printed
+
+
+def test_ctrl_c_in_a_stage_is_answered_once_and_the_same_command_goes_on(finished, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    shutil.rmtree(finished / "run/stage2")
+    words = ["miniature", "--recipe", "smoke", "--out", str(finished / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", interrupted)
+        assert train.main(words) == 130
+    assert capsys.readouterr().err.strip() == "interrupted: go on with the same command"
+    assert train.main(words) == 0
+
+
+def test_an_error_in_a_stage_is_one_line(finished, monkeypatch, capsys):
+    def refused(*_):
+        raise Error("no space left")
+
+    shutil.rmtree(finished / "run/stage2")
+    monkeypatch.setattr(train, "train", refused)
+    assert train.main(["miniature", "--recipe", "smoke", "--out", str(finished / "run")]) == 2
+    assert capsys.readouterr().err == "error: no space left\n"
+
+
+def test_a_job_that_fails_ends_the_others_and_says_which_it_was(capfd):
+    jobs = {"slow": (time.sleep, (600,)), "bad": (load_tokenizer, ("nowhere",))}
+    with pytest.raises(Error, match="bad failed"):
+        in_processes(jobs)
+    assert not multiprocessing.active_children()
+    assert capfd.readouterr().err == "error: nowhere: no such folder; give one that holds a tokenizer.model\n"
+
+
+def test_the_clock_counts_what_was_interrupted(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Clock(tmp_path / "times.json").step("stage 2", "title"):
+        raise KeyboardInterrupt
+    before = json.loads((tmp_path / "times.json").read_text())["stage 2"]
+    assert before > 0
+    with Clock(tmp_path / "times.json").step("stage 2", "title"):
+        pass
+    assert json.loads((tmp_path / "times.json").read_text())["stage 2"] > before
 
 
 def test_test_questions_are_spread_evenly_and_blind_images_show_another_scene(finished):

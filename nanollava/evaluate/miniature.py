@@ -1,7 +1,9 @@
 """Does the miniature see? Questions about scenes never met in training, answered by generation, compared exactly.
 
 Beside each accuracy stand what guessing gives (for each wording the form of answer most frequent in the training data),
-the same model shown another scene's image (blind), and the language model without any image.
+the same model shown another scene's image (blind), and the language model without any image. All are asked in Vicuna's
+template. An answer counts only as a whole, its evidence included: a guess at it succeeds much less often than one at
+the yes or no that it ends in.
 """
 
 import random
@@ -18,7 +20,7 @@ from nanollava.images import open_image, preprocess
 from nanollava.llava import Llava
 from nanollava.miniature.language import KINDS, Question, ask, describe, fill, parse_description, parse_names
 from nanollava.miniature.world import Annotated, read_split
-from nanollava.train.data import read_json
+from nanollava.train.data import read_list
 
 BATCH = 250  # questions generated at once
 NOT_ALONE = ("relation", "neighbour")  # kinds that need more than one thing
@@ -33,7 +35,7 @@ class Item:
 
 def make_items(world: Path, per_kind: int, split: str = "test", seed: int = 0) -> list[Item]:
     """``per_kind`` questions of each kind, evenly about scenes with one, two and three things where the kind allows,
-    and at least a quarter as many requests for a detailed description."""
+    and as many requests for a detailed description, each about another image."""
     rng = random.Random(seed)
     images = read_split(world, split)
     by_count = {n: [i for i in images if len(i.scene.things) == n] for n in (1, 2, 3)}
@@ -91,7 +93,7 @@ def guesses(world: Path, items: list[Item]) -> list[str]:
     """What someone would answer who knows the training data by heart and cannot see: for each wording the form met
     most often, filled with the question's own words."""
     seen: dict[str, Counter] = defaultdict(Counter)
-    for record in read_json(world / "instruct.json"):
+    for record in read_list(world / "instruct.json"):
         for wording, form in zip(record["wordings"], record["forms"], strict=True):
             seen[wording][form] += 1
     best = {wording: forms.most_common(1)[0][0] for wording, forms in seen.items()}

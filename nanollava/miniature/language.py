@@ -148,24 +148,32 @@ def ask_count(scene: Scene, rng: random.Random) -> Candidates:
 
 
 def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
-    """The answer names what there is of that shape. The absent thing is often made of a colour and a shape that are
-    both there, but not together."""
+    """The answer names what there is of that shape. What is absent is often a near miss: a colour and a shape that are
+    both there, but not together. As many questions of each sort, by colour, size or shape, are answered yes as no."""
     thing = rng.choice(scene.things)
-    colours, shapes = [t.colour for t in scene.things], [t.shape for t in scene.things]
-    nouns = [("colour", thing.colour, thing.shape), ("size", thing.size, thing.shape), ("shape", "", thing.shape)]
-    nouns += [("colour", rng.choice(colours), rng.choice(shapes)) for _ in range(2)]
-    nouns += [("colour", rng.choice(list(COLOURS)), rng.choice(shapes))]
-    nouns += [("colour", rng.choice(colours), rng.choice(SHAPES))]
-    nouns += [("size", rng.choice(SIZES), rng.choice(shapes)), ("shape", "", rng.choice(SHAPES))]
-    for attribute, value, shape in nouns:
-        alike = [t for t in scene.things if t.shape == shape]
-        verdict = "yes" if any(attribute == "shape" or getattr(t, attribute) == value for t in alike) else "no"
-        told = "size" if attribute == "size" else "colour"
-        seen = join([article(f"{getattr(t, told)} {shape}") for t in alike]) if alike else "no {shape}"
-        what = {"colour": "{coloured}", "size": f"a {value} {{shape}}", "shape": "{any}"}[attribute]
-        parts = {"shape": shape, "any": article(shape), "coloured": article(f"{value} {shape}")}
-        for wording in ("Is there {}?", "Is there {} in the picture?", "Can you see {}?"):
-            yield wording.format(what), f"I see {seen}, so {verdict}.", parts, verdict
+    absent = rng.choice([shape for shape in SHAPES if all(t.shape != shape for t in scene.things)])
+    yield from existence(scene, "shape", "", thing.shape)
+    yield from existence(scene, "shape", "", absent)
+    for attribute, values in (("colour", list(COLOURS)), ("size", SIZES)):
+        yield from existence(scene, attribute, getattr(thing, attribute), thing.shape)
+        found = {getattr(t, attribute) for t in scene.things if t.shape == thing.shape}
+        near = [getattr(t, attribute) for t in scene.things if getattr(t, attribute) not in found]
+        far = [value for value in values if value not in found]
+        if near or far:
+            yield from existence(scene, attribute, rng.choice(rng.choice([near or far, far])), thing.shape)
+        yield from existence(scene, attribute, rng.choice(values), absent)
+
+
+def existence(scene: Scene, attribute: str, value: str, shape: str) -> Candidates:
+    """Is there a shape whose ``attribute`` is ``value``?"""
+    alike = [t for t in scene.things if t.shape == shape]
+    verdict = "yes" if any(attribute == "shape" or getattr(t, attribute) == value for t in alike) else "no"
+    told = "size" if attribute == "size" else "colour"
+    seen = join([article(f"{getattr(t, told)} {shape}") for t in alike]) if alike else "no {shape}"
+    what = {"colour": "{coloured}", "size": f"a {value} {{shape}}", "shape": "{any}"}[attribute]
+    parts = {"shape": shape, "any": article(shape), "coloured": article(f"{value} {shape}")}
+    for wording in ("Is there {}?", "Is there {} in the picture?", "Can you see {}?"):
+        yield wording.format(what), f"I see {seen}, so {verdict}.", parts, f"{attribute} {verdict}"
 
 
 def direction(a: Thing, b: Thing) -> list[str]:

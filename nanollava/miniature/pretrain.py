@@ -27,8 +27,9 @@ from nanollava.llama import LlamaConfig
 from nanollava.llava import Llava, LlavaConfig, pad
 from nanollava.miniature.world import FAMILY, Annotated, read_split
 from nanollava.tokenizer import Tokenizer, load_tokenizer
-from nanollava.train.data import Dataset, Example, group, make_example, read_json
-from nanollava.train.loop import Options, keep_freed_memory, train
+from nanollava.train.data import Dataset, Example, group, make_example, read_list
+from nanollava.train.loop import Options, train
+from nanollava.train.machine import keep_freed_memory
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
 from nanollava.train.stages import Stage
 from nanollava.vit import Block, VisionConfig, VisionTransformer
@@ -42,9 +43,9 @@ SHARE_OF_SINGLE_THINGS = 0.25  # of the contrastive steps: a word for each attri
 def train_tokenizer(world: Path, folder: Path) -> Tokenizer:
     """A SentencePiece model of whole words with LLaMA's special ids and byte fallback, from the world's text."""
     folder.mkdir(parents=True, exist_ok=True)
-    records = read_json(world / "text.json")[:20_000]
+    records = read_list(world / "text.json")[:20_000]
     told = [render(messages_from_record(r), "vicuna_v1").replace("</s>", " ") for r in records]
-    captions = [text for image in read_split(world, "val") for text in image.captions]
+    captions = [text for image in read_split(world, "val") for text in image.captions]  # a few are enough
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter("\n".join([*told, *captions]).split("\n")), model_prefix=str(folder / "tokenizer"),
         model_type="bpe", vocab_size=1000, hard_vocab_limit=False, character_coverage=1.0, required_chars=ASCII,
@@ -78,6 +79,8 @@ class TextTower(nn.Module):
 
 
 class Clip(nn.Module):
+    """Two towers into one space, in which an image lies next to its caption (Radford et al., 2021, figure 3)."""
+
     def __init__(self, vision: VisionConfig, vocab_size: int, width: int = 128):
         super().__init__()
         self.vision, self.text = VisionTransformer(vision), TextTower(vocab_size, width)
@@ -150,7 +153,7 @@ def pretrain_language(world: Path, folder: Path, tokenizer: Tokenizer, steps: in
     config = LlavaConfig(VISION, language_config(tokenizer), max_length=256)
     model = Llava(config, tokenizer)
     initialise(model)
-    records = read_json(world / "text.json")
+    records = read_list(world / "text.json")
     examples = [make_text(record, tokenizer, config) for record in records]
     subjects = [(record["id"].split("-")[0], record["kind"] == "summary") for record in records]
     data = Dataset(group(examples, subjects), None, config)

@@ -5,10 +5,12 @@ Every step leaves a folder; a step whose folder is there is not done again, so a
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
-import platform
 import random
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,12 +24,12 @@ from nanollava.checkpoint import load, write
 from nanollava.error import Error
 from nanollava.evaluate.miniature import caption_f1, evaluate, table
 from nanollava.folder import atomic_folder, last_good
-from nanollava.llava import Llava
 from nanollava.miniature import pretrain, world
 from nanollava.miniature.scenes import Scene, Thing, draw, random_scene
 from nanollava.tokenizer import load_tokenizer
+from nanollava.train.machine import processor
 
-Command = Callable[[list[str]], int]  # a train.py command as typed -> its exit status
+Command = Callable[[list[str]], None]  # does a train.py command as typed; raises what goes wrong
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,7 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
             world.build(drawn, recipe.size)
             pretrain.train_tokenizer(drawn, out / "tokenizer")
             (drawn / "done").touch()
-    tokenizer = load_tokenizer(out / "tokenizer")
-    missing = {}
-    if not last_good(clip).exists():
-        missing["CLIP"] = pretrain.pretrain_vision, (drawn, clip, tokenizer, recipe.clip_steps)
-    if not last_good(vicuna).exists():
-        missing["Vicuna"] = pretrain.pretrain_language, (drawn, vicuna, tokenizer, recipe.language_steps)
-    if missing:
-        title = "A small CLIP: which caption belongs to which picture? A small Vicuna: scenes told in words"
-        with clock.step(" and ".join(missing), title):
-            in_processes(missing)
+    pretrain_parts(drawn, clip, vicuna, recipe, clock)
     shared = ["--images", drawn / "images", "--log-every", 50]
     with clock.step("stage 1", "Stage 1, feature alignment: the projector learns to caption"):
         run_stage(command, stage1, [
@@ -95,37 +88,65 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
         if bundle:
             give_away(stage2, bundle)
         text = report(out, recipe, stage1, bundle or stage2, drawn)
-    draw(SAMPLE, seed=3, side=192)[0].save(out / "sample.png")
-    talk = ask_each(load(bundle or stage2), out / "sample.png")
-    print(f"{text}\n\nAsked about {out / 'sample.png'}, which no phase of training has seen:\n\n{talk}\n")
-    print(f"{clock.summary()}\ntalk to it:  python chat.py {bundle or stage2} --image {out / 'sample.png'}", flush=True)
+    talk = f"talk to it:  python chat.py {bundle or stage2} --image {out / 'sample.png'}"
+    print(f"{text}\n\n{clock.summary()}\n{talk}", flush=True)
     if bundle:
-        readme = BUNDLE_README.format(out=out, machine=machine(), clock=clock.summary(), text=text, talk=talk)
+        readme = BUNDLE_README.format(out=out, machine=processor(), clock=clock.summary(), text=text)
         (bundle / "README.md").write_text(readme)
 
 
-def ask_each(model: Llava, picture: Path) -> str:
-    """A few questions about a picture, each on its own, and what the model answers."""
-    return "\n".join(f"> {question}\n{model.answer(picture, question)}" for question in ASKED)
+def pretrain_parts(drawn: Path, clip: Path, vicuna: Path, recipe: Recipe, clock: "Clock") -> None:
+    """CLIP and Vicuna know nothing of each other, so they are made at the same time."""
+    tokenizer, missing = load_tokenizer(drawn.with_name("tokenizer")), {}
+    if not last_good(clip).exists():
+        missing["CLIP"] = pretrain.pretrain_vision, (drawn, clip, tokenizer, recipe.clip_steps)
+    if not last_good(vicuna).exists():
+        missing["Vicuna"] = pretrain.pretrain_language, (drawn, vicuna, tokenizer, recipe.language_steps)
+    if missing:
+        title = "A small CLIP: which caption belongs to which picture? A small Vicuna: scenes told in words"
+        with clock.step(" and ".join(missing), title):
+            in_processes(missing)
 
 
 def in_processes(jobs: dict[str, tuple[Callable, tuple]]) -> None:
-    """Do independent jobs at the same time, each in a process with its share of the cores."""
+    """Do independent jobs at the same time, each in a process with its share of the cores. Raises Error as soon as one
+    fails, and ends the others."""
     context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // len(jobs))
-    processes = {name: context.Process(target=do_one, args=(threads, *job), daemon=True) for name, job in jobs.items()}
-    for process in processes.values():
-        process.start()
-    for name, process in processes.items():
-        process.join()
-        if process.exitcode:
-            raise Error(f"{name} failed; the lines above say why")
+    processes = [
+        context.Process(target=do_one, name=name, args=(threads, *job), daemon=True) for name, job in jobs.items()
+    ]
+    try:
+        for process in processes:
+            process.start()
+        running = {process.sentinel: process for process in processes}
+        while running:
+            for sentinel in multiprocessing.connection.wait(list(running)):
+                process = running.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    raise Error(f"{process.name} failed; what it printed says why")
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
 
 
 def do_one(threads: int, function: Callable, arguments: tuple) -> None:
-    """One job of ``in_processes``. Ctrl-C is for the parent to answer, which then ends this process."""
+    """One job of ``in_processes``. Ctrl-C is for the parent to answer, and without the parent it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    function(*arguments)
+    try:
+        function(*arguments)
+    except Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 class Clock:
@@ -161,24 +182,26 @@ def run_stage(command: Command, folder: Path, words: list) -> None:
         return
     words = [str(word) for word in [*words, "--out", folder]] + ["--resume"] * begun
     print("python train.py " + " ".join(words), flush=True)
-    if command(words):
-        raise Error(f"{folder.name} failed; the line above says why")
+    command(words)
 
 
 def report(out: Path, recipe: Recipe, stage1: Path, stage2: Path, drawn: Path) -> str:
-    """The results as Markdown; as numbers in results.json."""
+    """The results as Markdown, with a conversation; as numbers in results.json."""
     models = {"after stage 1": load(stage1), "after stage 2": load(stage2)}
     columns = evaluate(models, drawn, recipe.per_kind)
     own, others = caption_f1(models["after stage 1"], drawn)
     results = {"questions_per_kind": recipe.per_kind, "columns": columns, "caption_f1": [own, others]}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     detail = columns["detail"]
+    draw(SAMPLE, seed=3, side=192)[0].save(out / "sample.png")
+    asked = (f"> {question}\n{models['after stage 2'].answer(out / 'sample.png', question)}" for question in ASKED)
     return (
         f"{table(columns)}\n\nExact answers in percent, {recipe.per_kind} questions of each kind.\n\n"
         f"After stage 1, captions name attributes with an F1 of {100 * own:.1f}; "
         f"held against another image, {100 * others:.1f}.\n"
         f"After stage 2, {100 * detail['things']:.1f}% of the detailed descriptions name every thing with all its "
-        f"attributes and invent none; {100 * detail['things and places']:.1f}% also put each in its place."
+        f"attributes and invent none; {100 * detail['things and places']:.1f}% also put each in its place.\n\n"
+        "Asked about sample.png, a scene that no phase of training has seen:\n\n```\n" + "\n".join(asked) + "\n```"
     )
 
 
@@ -191,15 +214,9 @@ A LLaVA of 2.2 million parameters, trained from nothing on pictures that the rep
 
 on {machine}. {clock}
 
+![sample.png](sample.png)
+
 {text}
-
-`sample.png` is a scene that it was not trained on:
-
-![The sample](sample.png)
-
-```
-{talk}
-```
 """
 
 
@@ -219,11 +236,3 @@ def sheet(rows: int, columns: int, side: int) -> Image.Image:
         scene = random_scene(rng, "test", count=1 + n % 3)
         image.paste(draw(scene, n, side)[0], (gap + n % columns * (side + gap), gap + n // columns * (side + gap)))
     return image
-
-
-def machine() -> str:
-    """The processor's name and the number of its cores."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    name = names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
-    return f"{os.cpu_count()} cores ({name})"

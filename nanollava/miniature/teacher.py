@@ -1,6 +1,6 @@
 """The miniature's teacher: captions and boxes become instruction records (LLaVA section 3 and table 1).
 
-As GPT-4 in the paper, it never sees a pixel: what it knows of an image are its captions and its boxes. It makes the
+As GPT-4 in the paper, it never sees a pixel: what it knows of an image is its captions and its boxes. It makes the
 three kinds of record in the paper's proportions, 58K conversations : 23K detailed descriptions : 77K of reasoning.
 """
 
@@ -17,7 +17,7 @@ BRIEF = (
 
 
 def scene_from_boxes(instances: list[dict], side: float) -> Scene:
-    """Boxes [x, y, width, height] with categories such as "large red star" -> the scene; its centre is its place."""
+    """Boxes [x, y, width, height] with categories such as "large red star" -> the scene: a centre tells the cell."""
     things = []
     for instance in instances:
         x, y, width, height = instance["bbox"]
@@ -41,16 +41,19 @@ def ask_one(scene: Scene, kinds: tuple[str, ...], rng: random.Random) -> Questio
     for kind in rng.sample(kinds, len(kinds)):
         if question := ask(scene, kind, rng):
             return question
-    raise AssertionError("every scene can be counted")
+    raise AssertionError("every scene allows a count and a subtraction")
 
 
 def instruction_records(image_id: int, image: str, scene: Scene, rng: random.Random, count: int) -> list[dict]:
-    """``count`` official records about one image; <image> stands before or after the first question at random."""
+    """``count`` official records about one image. <image> stands before or after the first question at random
+    (equation 2); ``encode`` then moves it to the front, as the official code does. ``kind``, ``wordings`` and ``forms``
+    are fields of ours: by them the evaluation knows what guessing would answer."""
     records = []
     for number, kind in enumerate(rng.choices(list(PROPORTIONS), PROPORTIONS.values(), k=count)):
         turns = questions(scene, kind, rng)
         first = rng.choice(("<image>\n{}", "{}\n<image>")).format(turns[0].text)
-        records.append(record(f"{image_id:012d}-{number}", turns, first) | {"image": image, "kind": kind})
+        ours = {"kind": kind, "wordings": [t.wording for t in turns], "forms": [t.form for t in turns]}
+        records.append(record(f"{image_id:012d}-{number}", turns, first) | {"image": image} | ours)
     return records
 
 
@@ -75,11 +78,9 @@ def caption_record(image_id: int, image: str, text: str, rng: random.Random) -> 
 
 
 def record(name: str, turns: list[Question], first: str) -> dict:
-    """Turns as an official record whose first question reads ``first``; ``wordings`` and ``forms`` are fields of ours:
-    by them the evaluation knows what guessing would answer."""
+    """Turns as an official record whose first question reads ``first``."""
     conversations = []
     for turn in turns:
         conversations += [{"from": "human", "value": turn.text}, {"from": "gpt", "value": turn.answer}]
     conversations[0]["value"] = first
-    wordings, forms = [turn.wording for turn in turns], [turn.form for turn in turns]
-    return {"id": name, "conversations": conversations, "wordings": wordings, "forms": forms}
+    return {"id": name, "conversations": conversations}

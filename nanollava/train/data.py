@@ -45,7 +45,7 @@ class Report:
     records: int = 0
 
 
-def read_json(file: str | Path) -> list[dict]:
+def read_list(file: str | Path) -> list[dict]:
     """The records of an official file, a JSON array. Raises Error where it is missing, broken or not an array."""
     try:
         records = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -84,7 +84,7 @@ def read_records(
 ) -> tuple[list[Example], Report]:
     """All good examples of a file, and a report that names every bad record. Images are judged by their headers."""
     examples, report, seen = [], Report(), {}
-    for number, record in enumerate(read_json(file)):
+    for number, record in enumerate(read_list(file)):
         report.records += 1
         record = {"id": f"number {number}", **record} if isinstance(record, dict) else record
         try:
@@ -222,7 +222,8 @@ class Dataset:
         return value
 
     def batches(self, numbers: Iterable[int], rows_at_once: int = 0, parts: int = 1) -> list[Batch]:
-        """The chosen groups packed into rows, ``rows_at_once`` of them in each micro-batch (0: ``parts`` equal ones).
+        """The chosen groups packed into rows, ``rows_at_once`` of them in each micro-batch (0: ``parts`` micro-batches
+        with about equal shares).
 
         A group whose image turns out damaged is left out, with a line on stderr.
         """
@@ -232,8 +233,11 @@ class Dataset:
         whole = [g for g in groups if all(pixels[name] is not None for name in g[0].images)]
         patches, limit = self.config.vision.num_patches, self.config.max_length
         rows = pack((doc for examples in whole for doc in documents(examples, patches, limit)), limit)
-        step = rows_at_once or max(1, -(-len(rows) // parts))
-        return [collate(rows[i : i + step], patches, pixels.__getitem__) for i in range(0, len(rows), step)]
+        if rows_at_once:
+            chosen = [rows[i : i + rows_at_once] for i in range(0, len(rows), rows_at_once)]
+        else:
+            chosen = [rows[i::parts] for i in range(min(parts, len(rows)))]  # the first rows are the fullest
+        return [collate(some, patches, pixels.__getitem__) for some in chosen]
 
     def damage(self) -> str:
         """How much was left out for images that failed in decoding, in words; "" where nothing was."""

@@ -1,21 +1,16 @@
-"""One training loop for both stages: draw groups, pack, add up the loss of a step, update, report, save.
+"""One training loop for both stages and the miniature's language model: draw groups, pack, add up the loss of a step,
+update, report, save.
 
 A run folder is a checkpoint folder at every moment after its first save: it can be loaded, chatted with, and resumed.
 """
 
-import ctypes
 import json
 import math
-import os
 import pickle
-import resource
-import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,10 +19,11 @@ from torch import nn
 
 from nanollava.checkpoint import load, write
 from nanollava.conversation import IGNORE
-from nanollava.error import Error
-from nanollava.folder import atomic_folder, first_line, last_good, read_json
+from nanollava.error import Error, first_line
+from nanollava.folder import atomic_folder, last_good, read_json
 from nanollava.llava import Batch, Llava
 from nanollava.train.data import Dataset
+from nanollava.train.machine import can_compile, keep_freed_memory, peak_memory, share_cores
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
 from nanollava.train.stages import STAGES, Stage, freeze, parameter_table
 
@@ -266,41 +262,3 @@ def differences(old: object, new: object) -> str:
     if not isinstance(old, dict) or not isinstance(new, dict):
         return f"{old}, not {new}"
     return ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in new if old.get(k) != new.get(k))
-
-
-def peak_memory(on_cuda: bool) -> float:
-    """Largest memory taken so far, in GB."""
-    if on_cuda:
-        return torch.cuda.max_memory_allocated() / 1e9
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)
-
-
-def can_compile(on_cuda: bool) -> bool:
-    """Whether torch.compile will work: on a CPU it needs a C++ compiler. Says so where there is none."""
-    found = on_cuda or any(map(shutil.which, ("c++", "g++", "clang++", os.environ.get("CXX", "c++"))))
-    if not found:
-        print("no C++ compiler found: training without torch.compile, more slowly")
-    return found
-
-
-@contextmanager
-def share_cores(count: int) -> Iterator[ThreadPoolExecutor]:
-    """``count`` workers that share the cores: small matrices do not keep several cores busy, small models do."""
-    cores = torch.get_num_threads()
-    torch.set_num_threads(max(1, cores // count))
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(cores)
-
-
-def keep_freed_memory() -> None:
-    """glibc gives large freed blocks back to the system, and taking them anew, page by page, can cost more than the
-    arithmetic of a small model: ask it to keep them."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

@@ -1,0 +1,60 @@
+"""What training asks of the machine: its cores, its memory, its compiler, its name."""
+
+import ctypes
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+def peak_memory(on_cuda: bool) -> float:
+    """Largest memory taken so far, in GB."""
+    if on_cuda:
+        return torch.cuda.max_memory_allocated() / 1e9
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def can_compile(on_cuda: bool) -> bool:
+    """Whether torch.compile will work: on a CPU it needs a C++ compiler. Says so where there is none."""
+    found = on_cuda or any(map(shutil.which, ("c++", "g++", "clang++", os.environ.get("CXX", "c++"))))
+    if not found:
+        print("no C++ compiler found: training without torch.compile, more slowly")
+    return found
+
+
+@contextmanager
+def share_cores(count: int) -> Iterator[ThreadPoolExecutor]:
+    """``count`` workers that share the cores: small matrices do not keep several cores busy, small models do."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(max(1, cores // count))
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(cores)
+
+
+def keep_freed_memory() -> None:
+    """glibc gives large freed blocks back to the system, and taking them anew, page by page, can cost more than the
+    arithmetic of a small model: ask it to keep them."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: no more is allowed
+            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def processor() -> str:
+    """The processor's name and the number of its cores."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    name = names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
+    return f"{os.cpu_count()} cores ({name})"
