@@ -156,7 +156,11 @@ class Talk:
     def _show(self, name: str) -> None:
         """Begin a new conversation about the image of that name, written as terminals do when a file is dropped."""
         if name:
-            file = Path(name.strip("'\"").replace("\\ ", " ")).expanduser()
+            file = Path(name.strip("'\"").replace("\\ ", " "))
+            try:
+                file = file.expanduser()
+            except RuntimeError as error:
+                raise Error(f"{file}: no such user's home; give the whole path") from error
             self.chat.reset(file)
             self.image = file
         self._note(self._looking())

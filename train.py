@@ -8,6 +8,7 @@ The training commands:
 
 import argparse
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from nanollava.train.loop import Options, check_out, train
 from nanollava.train.stages import STAGES, Stage
 
 ABOVE_0 = ("max_length", "lr", "projector_lr", "clip", "batch_size", "epochs", "steps", "log_every", "parallel")
-NOT_NEGATIVE = ("weight_decay", "rows_at_once", "val_every", "save_every", "seed")
+NOT_NEGATIVE = ("weight_decay", "rows_at_once", "val_every", "save_every")
 SHARES = ("val_fraction", "warmup")  # from 0 up to, not including, 1
 
 
@@ -38,9 +39,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "the same command" if args.command == "miniature" else "the same command and --resume"
+        saved = args.command != "miniature" and (last_good(args.out) / "training.pt").is_file()
+        again = "the same command and --resume" if saved else "the same command"
         print(f"\ninterrupted: go on with {again}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or 'output'}: {error.strerror}; check the path and the disk", file=sys.stderr)
+        return 2
     except torch.OutOfMemoryError:
         print("error: out of memory on this device: try --rows-at-once 1, or a smaller --max-length", file=sys.stderr)
         return 2
@@ -129,6 +137,8 @@ def check_numbers(args: argparse.Namespace) -> None:
     rules = (
         (ABOVE_0, "above 0", lambda x: 0 < x < math.inf),
         (NOT_NEGATIVE, "0 or more", lambda x: 0 <= x < math.inf),
+        (("seed",), "0 or more, and below 2^32", lambda x: 0 <= x < 2**32),
+        (("lr", "projector_lr"), "a rate: 1000 is far too much", lambda x: x < 1000),
         (SHARES, "at least 0 and below 1", lambda x: 0 <= x < 1),
     )
     for names, expected, good in rules:
@@ -206,6 +216,8 @@ def read_groups(file: Path, args: argparse.Namespace, model: Llava, stage: Stage
     seconds = time.perf_counter() - started
     print(f"{file}: {report.records:,} records read in {seconds:.0f} s, {len(examples):,} to train on", end="")
     print(f", {report.cut:,} of them cut at {model.config.max_length} positions" if report.cut else "", flush=True)
+    if report.lost:
+        print(f"{report.lost:,} of these end before their first answer: nothing is learnt from them; see --max-length")
     if report.problems:
         refuse_or_skip(file, args, report)
     return group_by_image(examples) if args.share_images else [[example] for example in examples]
@@ -219,7 +231,10 @@ def refuse_or_skip(file: Path, args: argparse.Namespace, report: Report) -> None
     if not args.skip_bad:
         raise Error(f"{file}: {len(report.problems)} bad records; mend them, or leave them out with --skip-bad")
     listing = args.out.with_name(args.out.name + (".val" if file == args.val else "") + ".bad.txt")
-    listing.write_text("\n".join(report.problems) + "\n")
+    try:
+        listing.write_text("\n".join(report.problems) + "\n", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise Error(f"{listing}: the list of bad records cannot be written ({error.strerror})") from error
     print(f"left out {len(report.problems)} bad records, listed in {listing}")
 
 

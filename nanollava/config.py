@@ -17,6 +17,7 @@ from nanollava.llava import LlavaConfig
 from nanollava.vit import VisionConfig
 
 Config = TypeVar("Config", VisionConfig, LlamaConfig)
+LARGEST = 2**24  # no size of any model is larger
 
 
 # ---------------------------------------------------------------- in
@@ -99,6 +100,8 @@ def _value(config: dict, file: Path, name: str, kind: Any) -> Any:
         raise Error(f'{file}: the field "{name}" is {value!r}, expected true or false')
     if kind is not bool and (not isinstance(value, numbers) or isinstance(value, bool) or value <= 0):
         raise Error(f'{file}: the field "{name}" is {value!r}, expected a positive number')
+    if kind is int and value > LARGEST:
+        raise Error(f'{file}: the field "{name}" is {value!r}, more than any model has ({LARGEST:,}); is it damaged?')
     return value
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ def read_json(file: Path) -> dict:
         raise Error(f"{file}: no such file; a checkpoint folder needs it, is the download complete?")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Error(f"{file}: cannot be read as JSON ({first_line(error)}); download or write it again") from error
     if not isinstance(content, dict):
         raise Error(f"{file}: holds a {type(content).__name__}, expected an object {{...}}")
@@ -155,8 +156,23 @@ def last_good(path: str | Path) -> Path:
     return new if new.exists() else old
 
 
+def check_writable(path: Path) -> None:
+    """Raises Error where no folder ``path`` could be made. Leaves nothing behind but its parents."""
+    parent = path.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=parent, prefix=path.name).close()
+        is_file = path.exists() and not path.is_dir()
+    except (OSError, ValueError) as error:
+        raise Error(f"{path}: cannot be written ({first_line(error)}); choose another folder") from error
+    if is_file:
+        raise Error(f"{path}: is a file; choose another name for the folder")
+
+
 def _siblings(path: Path) -> tuple[Path, Path]:
     """What a folder is called while it is written, and while it is being replaced."""
+    if not path.name:
+        raise Error(f"{path}: is the root of the disk; choose a folder below it")
     return path.with_name(f".{path.name}.saving"), path.with_name(f".{path.name}.previous")
 
 

@@ -58,7 +58,7 @@ GREEDY = Sampling()
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
     """(B, V) logits -> (B,) token ids. top_k counts before top_p, as is usual."""
-    if sampling.temperature == 0:
+    if sampling.temperature < torch.finfo(torch.float32).tiny:  # 0, or what float32 takes for it
         return logits.argmax(dim=-1)
     logits, ids = logits.float().sort(dim=-1, descending=True, stable=True)
     logits = (logits - logits[:, :1]) / sampling.temperature  # the largest becomes 0, so that nothing overflows
@@ -67,7 +67,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     p = logits.softmax(dim=-1)
     if sampling.top_p < 1:
         likelier = p.cumsum(dim=-1) - p  # the probability of all tokens before this one
-        p = p.masked_fill(likelier >= sampling.top_p, 0)
+        p[:, 1:] = p[:, 1:].masked_fill(likelier[:, 1:] >= sampling.top_p, 0)  # the first one always stays
     return ids.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
 
 

@@ -30,11 +30,13 @@ def whiten(projector: nn.Module, features: Tensor, smallest: float = 1e-4) -> No
     and eigenvalues of the features' covariance and R (D, C) is random and orthogonal. Variances below ``smallest`` of
     the largest are not blown up further.
 
-    Not in the paper. A small tower says where a patch lies with much less variance than what is in it; started like
-    this, a small language model learns both at the same time.
+    Raises Error where the features do not vary. Not in the paper: a small tower says where a patch lies with much less
+    variance than what is in it; started like this, a small language model learns both at the same time.
     """
     first = projector if isinstance(projector, nn.Linear) else projector[0]
     features = features.cpu().double()
+    if len(features) < 2 or not features.var(dim=0).max() > 0:
+        raise Error("the features of these images do not vary: start the projector without whitening them")
     variances, axes = torch.linalg.eigh(torch.cov(features.T))  # (C,), (C, C)
     scales = (variances.clamp(min=0) + smallest * variances.max()).rsqrt()
     rotation = nn.init.orthogonal_(torch.empty(first.weight.shape, dtype=torch.float64))

@@ -81,8 +81,8 @@ def _legacy_flag(file: Path) -> bool:
         return True
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Error(f"{file}: cannot be read as JSON ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise Error(f"{file}: cannot be read as JSON ({error}); download it again, or delete it") from error
     legacy = config.get("legacy") if isinstance(config, dict) else config
     if legacy is not None and not isinstance(legacy, bool):
         raise Error(f"{file}: expected an object whose field legacy is true or false")
@@ -104,7 +104,7 @@ def _parse_model(file: Path, model: bytes) -> SentencePieceProcessor:
     """A SentencePiece processor from the bytes of its model."""
     try:
         return SentencePieceProcessor(model_proto=model)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise Error(f"{file}: not a SentencePiece model, or damaged; download or copy it again") from error
 
 

@@ -182,10 +182,11 @@ def test_names_of_images_as_terminals_write_them(talk, folder, image, questions,
 
 
 def test_a_bad_image_is_one_line_and_the_talk_goes_on(talk, folder, image, questions):
-    lines = f"One?\n/image {image.parent / 'none.png'}\n/image {PROGRAM}\nTwo?\n/reset\nThree?\n"
+    shown = "\n".join(f"/image {name}" for name in (image.parent / "none.png", PROGRAM, "~nobody-here/x.png"))
+    lines = f"One?\n{shown}\nTwo?\n/reset\nThree?\n"
     status, output, errors = talk(lines, folder, "--image", image)
     assert (status, output) == (0, "Yes.\n" * 3)
-    assert len(errors.splitlines()) == 2
+    assert len(errors.splitlines()) == 3 and "give the whole path" in errors.splitlines()[2]
     assert "none.png" in errors.splitlines()[0]
     assert "not an image" in errors.splitlines()[1]
     assert [picture for _, picture in questions] == [True, False, True]

@@ -445,9 +445,10 @@ def test_captions_need_an_image(read):
         (b'[{"id": 1}, {"id"', "not whole JSON"),
         (b"", "not whole JSON"),
         (b'[{"id": "\xff"}]', "not whole JSON"),
+        (b"[" * 100_000, "not whole JSON"),
         (None, "cannot be read"),
     ],
-    ids=["no list", "nothing in it", "cut in the middle", "zero bytes", "not text", "missing"],
+    ids=["no list", "nothing in it", "cut in the middle", "zero bytes", "not text", "too deep", "missing"],
 )
 def test_a_file_that_is_no_list_of_records_is_an_error_that_names_it(content, words, tmp_path):
     file = tmp_path / "chat.json"

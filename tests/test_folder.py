@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from nanollava.error import Error
-from nanollava.folder import atomic_folder, last_good, read_json, shapes, tensors, weight_files
+from nanollava.folder import atomic_folder, check_writable, last_good, read_json, shapes, tensors, weight_files
 
 ROOT = Path(__file__).parent.parent
 
@@ -223,6 +223,7 @@ def test_no_weights_bad_index_and_bad_json(tmp_path):
         ("{", "JSON"),
         ('{"weight_map": {"a": "../b"}}', "outside"),
         ("[]", "expected an object"),
+        ('{"a":' * 100_000, "JSON"),
     ):
         index.write_text(text)
         with pytest.raises(Error, match=match):
@@ -231,3 +232,17 @@ def test_no_weights_bad_index_and_bad_json(tmp_path):
         read_json(tmp_path / "nothing" / "config.json")
     with pytest.raises(Error, match="no such file"):
         read_json(tmp_path / "config.json")
+
+
+def test_the_root_of_the_disk_is_no_folder_for_a_checkpoint():
+    with pytest.raises(Error, match="root of the disk"):
+        last_good("/")
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_done(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "x", tmp_path / ("x" * 300)):
+        with pytest.raises(Error, match="choose another"):
+            check_writable(path)
+    check_writable(tmp_path / "new" / "folder")
+    assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "new").iterdir())

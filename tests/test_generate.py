@@ -161,6 +161,8 @@ def test_greedy_and_top_1_take_the_most_likely():
     assert sample(logits, Sampling(temperature=5.0, top_k=1)).tolist() == best
     assert sample(logits, Sampling(temperature=5.0, top_p=1e-9)).tolist() == best
     assert sample(10 * logits, Sampling(temperature=2e-38)).tolist() == best  # 10 / 2e-38 is too large for a float32
+    assert sample(logits, Sampling(temperature=1e-320)).tolist() == best
+    assert sample(logits, Sampling(temperature=1.0, top_p=1e-300)).tolist() == best
     assert sample(torch.zeros(1, 9), Sampling(temperature=1.0, top_k=1)).tolist() == [0]
 
 

@@ -64,6 +64,12 @@ def test_whitened_features_vary_alike_in_all_directions_around_nothing(kind):
     torch.testing.assert_close(torch.cov(found.T), torch.eye(6), rtol=0, atol=1e-2)
 
 
+@pytest.mark.parametrize("features", [torch.ones(50, 3), torch.randn(1, 3)], ids=["all alike", "one"])
+def test_features_that_do_not_vary_cannot_be_whitened(features):
+    with pytest.raises(Error, match="do not vary"):
+        whiten(make_projector("linear", C=3, D=3), features)
+
+
 def test_directions_without_variance_stay_quiet():
     torch.manual_seed(0)
     projector = make_projector("linear", C=3, D=3)

@@ -79,6 +79,14 @@ def test_a_job_that_fails_ends_the_others_and_says_which_it_was(capfd):
     assert capfd.readouterr().err == "error: nowhere: no such folder; give one that holds a tokenizer.model\n"
 
 
+def test_folders_that_cannot_be_written_are_said_at_once(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for words in (["--out", tmp_path / "file"], ["--out", tmp_path / "new", "--bundle", tmp_path / "file"]):
+        assert train.main(["miniature", "--recipe", "smoke", *map(str, words)]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"error: {tmp_path / 'file'}") and printed.out == ""
+
+
 def test_the_clock_counts_what_was_interrupted(tmp_path):
     with pytest.raises(KeyboardInterrupt), Clock(tmp_path / "times.json").step("stage 2", "title"):
         raise KeyboardInterrupt

@@ -129,6 +129,11 @@ def test_a_damaged_model_is_named(tiny_tokenizer_file, tmp_path):
         file.write_bytes(content)
         with pytest.raises(Error, match=r"tokenizer\.model: not a SentencePiece model"):
             Tokenizer(file)
+    flipped = bytearray(tiny_tokenizer_file.read_bytes())
+    flipped[flipped.index(b"<0x") + 3] ^= 0xFF
+    file.write_bytes(flipped)
+    with pytest.raises(Error, match=r"tokenizer\.model: not a SentencePiece model"):
+        Tokenizer(file)
     file.write_bytes(b"")
     with pytest.raises(Error, match=r"tokenizer\.model: the file is empty"):
         Tokenizer(file)

@@ -300,6 +300,50 @@ def test_a_resumed_run_gives_the_losses_of_an_undisturbed_one_bit_for_bit(
     assert not (cut / "training.pt").exists()
 
 
+def test_ctrl_c_ends_the_step_saves_and_is_resumed(trainer, talks, aligned, undisturbed, tmp_path, monkeypatch, capsys):
+    """In the middle of the fifth step; the last checkpoint asked for would be that of step 3."""
+    update = loop.Run.update
+
+    def pressed(self, batches):
+        if self.step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return update(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "update", pressed)
+        assert trainer.stage(2, talks, tmp_path / "out", "--model", aligned, *STAGE_2) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted: go on with the same command and --resume"
+    assert len(metrics(tmp_path / "out")) == 5 and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert trainer.stage(2, talks, tmp_path / "out", "--model", aligned, *STAGE_2, "--resume") == 0
+    assert same_result(tmp_path / "out", undisturbed)
+
+
+def test_ctrl_c_before_anything_is_saved_does_not_speak_of_resuming(
+    trainer, talks, aligned, tmp_path, monkeypatch, capsys
+):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Run, "run", pressed)
+    assert trainer.stage(2, talks, tmp_path / "out", "--model", aligned) == 130
+    assert capsys.readouterr().err.strip() == "interrupted: go on with the same command"
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"{", b"\xff\xfe"], ids=["missing", "empty line", "cut", "no text"])
+def test_damaged_metrics_are_one_line(damage, trainer, talks, aligned, cut, capsys):
+    file = cut / "metrics.jsonl"
+    file.unlink() if damage is None else file.write_bytes(damage + b"\n")
+    refused(capsys, trainer.stage(2, talks, cut, "--model", aligned, *STAGE_2, "--resume"), str(cut), "damaged")
+
+
+@pytest.mark.parametrize("state", [[], {}, {"optimizers": []}, {"step": 9}, {"step": "x"}], ids=str)
+def test_training_state_with_something_missing_is_one_line(state, trainer, talks, aligned, cut, capsys):
+    whole = torch.load(cut / "training.pt", weights_only=True)
+    kept = {k: v for k, v in whole.items() if k not in ("optimizers", "step")}
+    torch.save(kept | {"step": 3} | state if isinstance(state, dict) else state, cut / "training.pt")
+    refused(capsys, trainer.stage(2, talks, cut, "--model", aligned, *STAGE_2, "--resume"), str(cut), "damaged")
+
+
 def test_a_kill_in_the_middle_of_saving_loses_nothing(trainer, talks, aligned, undisturbed, tmp_path):
     """kill -9 from inside the second save: the first one is whole, and the run goes on from there."""
     out = tmp_path / "killed"
@@ -373,7 +417,7 @@ def test_a_run_never_overwrites_what_is_there(trainer, captions, talks, aligned,
         assert words in refused(capsys, trainer.stage(1, captions, out, "--steps", 1), str(out))
         assert {file: file.read_bytes() for file in out.rglob("*")} == before
     refused(capsys, trainer.stage(1, captions, tmp_path / "file", "--steps", 1), "another --out")
-    refused(capsys, trainer.stage(1, captions, tmp_path / "file" / "out", "--steps", 1), "another --out")
+    refused(capsys, trainer.stage(1, captions, tmp_path / "file" / "out", "--steps", 1), "choose another folder")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -501,6 +545,36 @@ def test_bad_records_are_skipped_when_asked_for_and_their_list_is_written(traine
     assert (tmp_path / "runs" / "out.val.bad.txt").read_text().startswith("record lost0: ")
 
 
+def test_ids_that_no_terminal_can_show_are_listed_all_the_same(trainer, write, shelf, tmp_path, capsys):
+    names = ["two\nlines", "half a pair \ud800", "x" * 5000]
+    data = write([GOOD[0], *(record(name, "nowhere.png", "<image>?", "No.") for name in names)])
+    assert trainer.stage(2, data, tmp_path / "out", "--images", shelf, "--steps", 1, "--skip-bad") == 0
+    listed = (tmp_path / "out.bad.txt").read_text().splitlines()
+    assert [line[:19] for line in listed] == ["record two\\nlines: /", "record half a pair ", "record " + "x" * 12]
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    (tmp_path / "list.bad.txt").mkdir()
+    status = trainer.stage(2, data, tmp_path / "list", "--images", shelf, "--steps", 1, "--skip-bad")
+    assert "cannot be written" in capsys.readouterr().err.splitlines()[-1] and status == 2
+
+
+def test_records_that_end_before_their_answer_are_counted_and_alone_they_are_an_error(trainer, write, tmp_path, capsys):
+    data = write([record("long", None, "word " * 400, "Yes.")])
+    status = trainer.stage(2, data, tmp_path / "out", "--steps", 1, "--max-length", 100)
+    printed = capsys.readouterr()
+    assert status == 2 and "1 of these end before their first answer" in printed.out
+    assert printed.err.splitlines()[-1].startswith("error: nothing was learnt") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_step_of_damaged_pictures_alone_is_passed_over(parallel, trainer, shelf, write, aligned, tmp_path, capsys):
+    """Three steps of one record each; the damaged one changes nothing but is counted."""
+    data = write([*GOOD[:2], record("x", "half.png", "<image>\nWhat?", "No.")])
+    words = ("--images", shelf, "--steps", 3, "--batch-size", 1, "--model", aligned, "--parallel", parallel)
+    assert trainer.stage(2, data, tmp_path / "out", *words) == 0
+    losses = [loss for (loss,) in metrics(tmp_path / "out", "loss")]
+    assert sorted(loss > 0 for loss in losses) == [False, True, True]
+
+
 def test_when_all_records_are_bad_nothing_is_left_to_train_on(trainer, write, tmp_path, capsys):
     data = write([record("x", "nowhere.png", "<image>?", "No.")])
     status = trainer.stage(2, data, tmp_path / "out", "--skip-bad")
@@ -585,6 +659,9 @@ WRONG = [
     *((name, value) for name in ("--lr", "--projector-lr", "--clip", "--epochs") for value in (0, -1, "nan", "inf")),
     *((name, -1) for name in ("--rows-at-once", "--save-every", "--val-every", "--weight-decay", "--seed")),
     *((name, value) for name in ("--val-fraction", "--warmup") for value in (-0.1, 1, "nan")),
+    ("--seed", 2**32),
+    ("--lr", 5000),
+    ("--parallel", 0),
 ]
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from nanollava.checkpoint import load, write
 from nanollava.error import Error
 from nanollava.evaluate.miniature import caption_f1, evaluate, table
-from nanollava.folder import atomic_folder, last_good
+from nanollava.folder import atomic_folder, check_writable, last_good, read_json
 from nanollava.miniature import pretrain, world
 from nanollava.miniature.scenes import Scene, Thing, draw, random_scene
 from nanollava.tokenizer import load_tokenizer
@@ -64,6 +64,8 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
     """Do what is missing in ``out``; leave small weights to give away in ``bundle``. Stages run through ``command``, so
     that what happens here is what anyone can type."""
     drawn, clip, vicuna, stage1, stage2 = (out / name for name in ("world", "clip", "vicuna", "stage1", "stage2"))
+    for folder in filter(None, (out / "world", bundle)):
+        check_writable(folder)  # now, not after an hour of training
     clock = Clock(out / "times.json")
     if not (drawn / "done").exists():
         with clock.step("world", f"Drawing the world: {recipe.size.train:,} pictures with captions and boxes"):
@@ -154,7 +156,7 @@ class Clock:
 
     def __init__(self, file: Path):
         self.file = file
-        self.seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+        self.seconds: dict[str, float] = read_json(file) if file.exists() else {}
 
     @contextmanager
     def step(self, name: str, title: str) -> Iterator[None]:
@@ -164,7 +166,9 @@ class Clock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-            self.file.write_text(json.dumps(self.seconds))
+            new = self.file.with_suffix(".new")
+            new.write_text(json.dumps(self.seconds))
+            new.replace(self.file)
 
     def summary(self) -> str:
         steps = ", ".join(f"{name} {minutes(seconds)}" for name, seconds in self.seconds.items())

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from nanollava.conversation import IGNORE, encode, images_from_record, messages_from_record
-from nanollava.error import Error
+from nanollava.error import Error, first_line
 from nanollava.images import check_image, open_image, preprocess
 from nanollava.llava import NO_FEATURE, Batch, LlavaConfig, Spliced, splice
 from nanollava.tokenizer import IMAGE_TOKEN_ID, Tokenizer
@@ -42,6 +42,7 @@ class Report:
 
     problems: list[str] = field(default_factory=list)  # one line for each bad record, its id first
     cut: int = 0  # longer than max_length: their ends are lost
+    lost: int = 0  # of these, records cut before the first word of an answer: nothing is learnt from them
     records: int = 0
 
 
@@ -51,8 +52,8 @@ def read_list(file: str | Path) -> list[dict]:
         records = json.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise Error(f"{file}: cannot be read ({error.strerror}); give the JSON file of the records") from error
-    except ValueError as error:
-        raise Error(f"{file}: is not whole JSON ({error}); fetch or write it again") from error
+    except (ValueError, RecursionError) as error:
+        raise Error(f"{file}: is not whole JSON ({first_line(error)}); fetch or write it again") from error
     if not isinstance(records, list) or not records:
         raise Error(f"{file}: must be a JSON array of records, with at least one in it")
     return records
@@ -93,12 +94,25 @@ def read_records(
                 check_once(name, image_folder, seen)
         except Error as error:
             name = f"record {record['id'] if isinstance(record, dict) else f'number {number}'}: "
-            report.problems.append(name + str(error).removeprefix(name))
+            report.problems.append(one_line(name + str(error).removeprefix(name)))
             continue
         length = len(example.token_ids) + len(example.images) * (config.vision.num_patches - 1)
         report.cut += length > config.max_length
+        report.lost += first_target(example, config.vision.num_patches) >= config.max_length
         examples.append(example)
     return examples, report
+
+
+def one_line(text: str, longest: int = 500) -> str:
+    """A text from a user's file as one line that a terminal can show."""
+    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable if len(printable) <= longest else printable[:longest] + " ..."
+
+
+def first_target(example: Example, num_patches: int) -> int:
+    """The position, images widened, of the first token that carries loss."""
+    first = int((example.labels != IGNORE).argmax())
+    return first + int((example.token_ids[:first] == IMAGE_TOKEN_ID).sum()) * (num_patches - 1)
 
 
 def check_once(name: str, folder: str | Path | None, seen: dict[str, str]) -> None:

@@ -7,9 +7,8 @@ A run folder is a checkpoint folder at every moment after its first save: it can
 import json
 import math
 import pickle
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +19,10 @@ from torch import nn
 from nanollava.checkpoint import load, write
 from nanollava.conversation import IGNORE
 from nanollava.error import Error, first_line
-from nanollava.folder import atomic_folder, last_good, read_json
+from nanollava.folder import atomic_folder, check_writable, last_good, read_json
 from nanollava.llava import Batch, Llava
 from nanollava.train.data import Dataset
-from nanollava.train.machine import can_compile, keep_freed_memory, peak_memory, share_cores
+from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_memory, peak_memory, share_cores
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
 from nanollava.train.stages import STAGES, Stage, freeze, parameter_table
 
@@ -68,11 +67,7 @@ def check_out(out: Path, resume: bool) -> None:
         raise Error(f"{out}: nothing to resume: no checkpoint was saved there; start without --resume")
     if not resume and folder.exists():
         raise Error(f"{out} exists: {'go on with --resume, or ' if unfinished else ''}choose another --out")
-    try:
-        out.resolve().parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.resolve().parent).close()
-    except OSError as error:
-        raise Error(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
+    check_writable(out)
 
 
 class Run:
@@ -87,7 +82,7 @@ class Run:
         parts = [(getattr(model, part), self.rates[part]) for part in stage.trained]
         self.optimizers = make_optimizers(parts, options.optimizer, options.weight_decay)
         self.step, self.metrics = 0, []
-        self.tokens, self.waited, self.started, self.first = 0, 0.0, time.perf_counter(), 0
+        self.tokens, self.targets, self.waited, self.started, self.first = 0, 0, 0.0, time.perf_counter(), 0
 
     def run(self, resume: bool) -> None:
         if resume:
@@ -97,13 +92,15 @@ class Run:
         if self.options.compile and can_compile(self.on_cuda):
             for block in self.model.language.layers:  # one compilation serves all: the blocks differ in weights alone
                 block.compile(dynamic=True)
-        with share_cores(self.parallel) as self.pool:
-            self.loop()
+        with share_cores(self.parallel) as self.pool, deferred_interrupt() as interrupted:
+            self.loop(interrupted)
+        if not self.targets:
+            raise Error("nothing was learnt: no record that could be read has an answer within --max-length; see above")
         self.save(final=True)
         for damage in filter(None, (data.damage() for data in (self.data, self.val) if data)):
             print(damage, flush=True)
 
-    def loop(self) -> None:
+    def loop(self, interrupted: Callable[[], bool]) -> None:
         self.first, self.started = self.step, time.perf_counter()
         for batches in self.prefetch():
             entry = self.update(batches)
@@ -111,8 +108,11 @@ class Run:
             if self.val and (last or (self.options.val_every and self.step % self.options.val_every == 0)):
                 entry["val_loss"] = self.validate()
             self.report(entry, last)
-            if self.options.save_every and self.step % self.options.save_every == 0 and not last:
+            due = self.options.save_every and self.step % self.options.save_every == 0
+            if not last and (due or interrupted()):
                 self.save()
+            if not last and interrupted():
+                raise KeyboardInterrupt
 
     def update(self, batches: list[Batch]) -> dict:
         """One optimizer step on micro-batches; the loss is the mean over all their target tokens."""
@@ -132,7 +132,8 @@ class Run:
 
     def backward(self, batches: list[Batch]) -> float:
         """The mean loss over all target tokens of the micro-batches, and its gradients."""
-        targets = max(1, sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches))
+        targets = sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)
+        self.targets += targets
         self.tokens += sum(int((b.documents >= 0).sum()) for b in batches)
         params, total = [p for p in self.model.parameters() if p.requires_grad], 0.0
         compute = lambda batch: self.gradients(batch, targets, params)  # noqa: E731
@@ -146,7 +147,7 @@ class Run:
     def gradients(self, batch: Batch, targets: int, params: list[nn.Parameter]) -> tuple[float, tuple]:
         """The loss of one micro-batch as a share of its step's, and its gradients: returned, not added up here, for
         threads may not add to one ``p.grad`` at the same time."""
-        loss = self.loss(batch) / targets
+        loss = self.loss(batch) / max(1, targets)
         return loss.item(), torch.autograd.grad(loss, params, allow_unused=True)
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -227,18 +228,22 @@ class Run:
             if state.get(name) != value:
                 raise Error(f"{self.out}: the run there has a different {name}: {differences(state.get(name), value)}")
         self.model.load_state_dict(load(folder, dtype=torch.float32).state_dict())
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step = state["step"]
-        self.metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        try:
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step = range(self.options.steps)[state["step"]]
+            self.metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise Error(f"{folder}: damaged ({first_line(error)}); choose another --out and start again") from error
         print(f"resuming at step {self.step} of {self.options.steps}", flush=True)
 
 
 def read_state(file: Path) -> dict:
     """What ``save`` left for --resume. Raises Error where it is damaged."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        return {"optimizers": [], "step": 0, **state}
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
         raise Error(f"{file}: damaged ({first_line(error)}); choose another --out and start again") from error
 
 
