@@ -550,7 +550,7 @@ def test_ids_that_no_terminal_can_show_are_listed_all_the_same(trainer, write, s
     data = write([GOOD[0], *(record(name, "nowhere.png", "<image>?", "No.") for name in names)])
     assert trainer.stage(2, data, tmp_path / "out", "--images", shelf, "--steps", 1, "--skip-bad") == 0
     listed = (tmp_path / "out.bad.txt").read_text().splitlines()
-    assert [line[:19] for line in listed] == ["record two\\nlines: /", "record half a pair ", "record " + "x" * 12]
+    assert [line[:19] for line in listed] == ["record two\\nlines: ", "record half a pair ", "record " + "x" * 12]
     assert len(capsys.readouterr().err.splitlines()) == 3
     (tmp_path / "list.bad.txt").mkdir()
     status = trainer.stage(2, data, tmp_path / "list", "--images", shelf, "--steps", 1, "--skip-bad")
