@@ -47,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         return 1
     except OSError as error:
-        print(f"error: {error.filename or 'output'}: {error.strerror}; check the path and the disk", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'output'}: {error.strerror or first_line(error)}; check the path and the disk",
+            file=sys.stderr,
+        )
         return 2
     except torch.OutOfMemoryError:
         print("error: out of memory on this device: try --rows-at-once 1, or a smaller --max-length", file=sys.stderr)
@@ -138,7 +141,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         (ABOVE_0, "above 0", lambda x: 0 < x < math.inf),
         (NOT_NEGATIVE, "0 or more", lambda x: 0 <= x < math.inf),
         (("seed",), "0 or more, and below 2^32", lambda x: 0 <= x < 2**32),
-        (("lr", "projector_lr"), "a rate: 1000 is far too much", lambda x: x < 1000),
+        (("lr", "projector_lr"), "below 1000", lambda x: x < 1000),
         (SHARES, "at least 0 and below 1", lambda x: 0 <= x < 1),
     )
     for names, expected, good in rules:

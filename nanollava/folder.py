@@ -161,7 +161,7 @@ def check_writable(path: Path) -> None:
     parent = path.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=parent, prefix=path.name).close()
+        tempfile.TemporaryFile(dir=parent, prefix=path.name).close()  # the prefix finds a name that is too long
         is_file = path.exists() and not path.is_dir()
     except (OSError, ValueError) as error:
         raise Error(f"{path}: cannot be written ({first_line(error)}); choose another folder") from error

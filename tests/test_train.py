@@ -329,6 +329,14 @@ def test_ctrl_c_before_anything_is_saved_does_not_speak_of_resuming(
     assert capsys.readouterr().err.strip() == "interrupted: go on with the same command"
 
 
+def test_what_the_system_refuses_is_one_line(trainer, talks, aligned, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(28, "No space left on device", "/full/disk")
+
+    monkeypatch.setattr(loop.Run, "run", refuse)
+    refused(capsys, trainer.stage(2, talks, tmp_path / "out", "--model", aligned), "/full/disk", "No space left")
+
+
 @pytest.mark.parametrize("damage", [None, b"", b"{", b"\xff\xfe"], ids=["missing", "empty line", "cut", "no text"])
 def test_damaged_metrics_are_one_line(damage, trainer, talks, aligned, cut, capsys):
     file = cut / "metrics.jsonl"

@@ -159,7 +159,7 @@ def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
         found = {getattr(t, attribute) for t in scene.things if t.shape == thing.shape}
         near = [getattr(t, attribute) for t in scene.things if getattr(t, attribute) not in found]
         far = [value for value in values if value not in found]
-        if near or far:
+        if far:  # a near miss, where there is one, as often as any other
             yield from existence(scene, attribute, rng.choice(rng.choice([near or far, far])), thing.shape)
         yield from existence(scene, attribute, rng.choice(values), absent)
 
@@ -238,6 +238,7 @@ def caption(scene: Scene, rng: random.Random, places: bool = True) -> str:
 
 
 def enumerate_things(things: Sequence[Thing], places: bool = True) -> str:
+    """One sentence that names things in the order given."""
     phrases = [article(t.name) + (f" {PLACES[t.cell]}" if places else "") for t in things]
     return join(phrases).capitalize() + "."
 

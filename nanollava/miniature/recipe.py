@@ -64,7 +64,7 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
     """Do what is missing in ``out``; leave small weights to give away in ``bundle``. Stages run through ``command``, so
     that what happens here is what anyone can type."""
     drawn, clip, vicuna, stage1, stage2 = (out / name for name in ("world", "clip", "vicuna", "stage1", "stage2"))
-    for folder in filter(None, (out / "world", bundle)):
+    for folder in filter(None, (drawn, bundle)):
         check_writable(folder)  # now, not after an hour of training
     clock = Clock(out / "times.json")
     if not (drawn / "done").exists():
@@ -147,6 +147,7 @@ def do_one(threads: int, function: Callable, arguments: tuple) -> None:
 
 
 def end_with_parent() -> None:
+    """A parent that was killed cannot end its children: they watch for it."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -197,7 +198,7 @@ def report(out: Path, recipe: Recipe, stage1: Path, stage2: Path, drawn: Path) -
     results = {"questions_per_kind": recipe.per_kind, "columns": columns, "caption_f1": [own, others]}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     detail = columns["detail"]
-    draw(SAMPLE, seed=3, side=192)[0].save(out / "sample.png")
+    draw_sample(out / "sample.png")
     asked = (f"> {question}\n{models['after stage 2'].answer(out / 'sample.png', question)}" for question in ASKED)
     return (
         f"{table(columns)}\n\nExact answers in percent, {recipe.per_kind} questions of each kind.\n\n"
@@ -228,8 +229,12 @@ def give_away(model: Path, folder: Path) -> None:
     """The weights in half precision, with a picture to talk about."""
     with atomic_folder(folder) as new:
         write(load(model), new, torch.float16)
-        draw(SAMPLE, seed=3, side=192)[0].save(new / "sample.png")
+        draw_sample(new / "sample.png")
         sheet(rows=2, columns=6, side=144).save(new / "world.png")
+
+
+def draw_sample(file: Path) -> None:
+    draw(SAMPLE, seed=3, side=192)[0].save(file)
 
 
 def sheet(rows: int, columns: int, side: int) -> Image.Image:

@@ -207,7 +207,8 @@ class Run:
                 torch.save(state | self.fingerprint(), folder / "training.pt")
 
     def fingerprint(self) -> dict:
-        """What must be the same for a resumed run to give the losses of an undisturbed one."""
+        """What must be the same for a resumed run to give the losses of an undisturbed one, but for rounding: compiling
+        and the number of parallel parts, like the machine, move the last bits."""
         shaping = {
             k: v
             for k, v in asdict(self.options).items()

@@ -73,7 +73,7 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: no more is allowed
+            libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: 32 MiB, the documented limit
             libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
