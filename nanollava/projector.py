@@ -24,7 +24,7 @@ def make_projector(kind: str, C: int, D: int) -> nn.Module:
 
 
 @torch.no_grad()
-def whiten(projector: nn.Module, features: Tensor, smallest: float = 1e-4) -> None:
+def whiten(projector: nn.Module, features: Tensor, smallest: float = 1e-2) -> None:
     """Start the first layer so that what comes out of it for patch features, (M N, C) of M images, has mean zero and
     variance one in all directions: x -> R (A^T (x - mean) / sqrt(variances)), where A and variances are the
     eigenvectors and eigenvalues of the features' covariance and R (D, C) is random and orthogonal. Variances below

@@ -17,6 +17,7 @@ NUMBERS = ("none", "one", "two", "three")
 PERCEPTION = ("colour", "shape", "size", "count", "existence", "place", "relation")
 REASONING = ("neighbour", "remaining")
 KINDS = PERCEPTION + REASONING
+CONVERSATION = (*PERCEPTION, "look", "look", "look")  # "Tell me about the star." teaches three lookups at once
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ def references(scene: Scene, thing: Thing, hidden: str) -> tuple[str, ...]:
     return tuple(phrases)
 
 
+def refer(scene: Scene, thing: Thing, hidden: str, rng: random.Random) -> str:
+    """One of the ``references``. As people do, things are mostly called by their bare shape where that is enough."""
+    phrases, bare = references(scene, thing, hidden), f"the {thing.shape}"
+    return bare if bare in phrases and rng.random() < 0.5 else rng.choice(phrases)
+
+
 def unmistakable(scene: Scene, thing: Thing) -> bool:
     """Whether the place names the thing for everyone: "at the top" might also mean what stands at the top left."""
     others = [t for t in scene.things if t != thing]
@@ -102,9 +109,9 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
 def ask_one_thing(attribute: str, wordings: tuple[str, ...], scene: Scene, rng: random.Random) -> Candidates:
     """What is ``attribute`` of a thing? The answer takes up the words by which the question names it."""
     for thing in scene.things:
-        if not (phrases := references(scene, thing, hidden=attribute)):
+        if not references(scene, thing, hidden=attribute):
             continue
-        parts = {"it": rng.choice(phrases)}
+        parts = {"it": refer(scene, thing, attribute, rng)}
         value = PLACES[thing.cell] if attribute == "cell" else getattr(thing, attribute)
         told = article(value) if attribute == "shape" else value
         for wording in wordings:
@@ -122,6 +129,21 @@ ask_place = partial(
     ask_one_thing, "cell",
     ("Where is {it}?", "Where in the picture is {it}?", "In which part of the picture is {it}?"),
 )  # fmt: skip
+
+
+def ask_look(scene: Scene, rng: random.Random) -> Candidates:
+    """All that the question does not say of a thing: three things to look up by one name."""
+    for thing in scene.things:
+        it = refer(scene, thing, "", rng)
+        named = it.split()
+        adjectives = [word for word in (thing.size, thing.colour) if word not in named]
+        place = [] if it.endswith(PLACES[thing.cell]) else [PLACES[thing.cell]]
+        if thing.shape in named:
+            told = join([*adjectives, *place])
+        else:
+            told = " ".join([article(" ".join([*adjectives, thing.shape])), *place])
+        for wording in ("What does {it} look like?", "Tell me about {it}.", "Describe {it}."):
+            yield wording, f"{{It}} is {told}.", {"it": it}, str(thing.cell)
 
 
 def groups(scene: Scene, rng: random.Random) -> Iterator[tuple[str, list[Thing]]]:
@@ -148,7 +170,7 @@ def ask_count(scene: Scene, rng: random.Random) -> Candidates:
 
 
 def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
-    """The answer names what there is of that shape. What is absent is often a near miss: a colour and a shape that are
+    """The answer names what there is. What is absent is often a near miss: a colour and a shape that are
     both there, but not together. As many questions of each sort, by colour, size or shape, are answered yes as no."""
     thing = rng.choice(scene.things)
     absent = rng.choice([shape for shape in SHAPES if all(t.shape != shape for t in scene.things)])
@@ -166,10 +188,10 @@ def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
 
 def existence(scene: Scene, attribute: str, value: str, shape: str) -> Candidates:
     """Is there a shape whose ``attribute`` is ``value``?"""
-    alike = [t for t in scene.things if t.shape == shape]
+    alike = (t for t in scene.things if t.shape == shape)
     verdict = "yes" if any(attribute == "shape" or getattr(t, attribute) == value for t in alike) else "no"
     told = "size" if attribute == "size" else "colour"
-    seen = join([article(f"{getattr(t, told)} {shape}") for t in alike]) if alike else "no {shape}"
+    seen = join([article(f"{getattr(t, told)} {t.shape}") for t in scene.things])
     what = {"colour": "{coloured}", "size": f"a {value} {{shape}}", "shape": "{any}"}[attribute]
     parts = {"shape": shape, "any": article(shape), "coloured": article(f"{value} {shape}")}
     for wording in ("Is there {}?", "Is there {} in the picture?", "Can you see {}?"):
@@ -191,7 +213,7 @@ EITHER |= {b: EITHER[a] for a, b in OPPOSITE.items() if a in EITHER}
 def ask_relation(scene: Scene, rng: random.Random) -> Candidates:
     """The answer compares the two places."""
     for a, b in permutations(scene.things, 2):
-        parts = {"a": rng.choice(references(scene, a, "cell")), "b": rng.choice(references(scene, b, "cell"))}
+        parts = {"a": refer(scene, a, "cell", rng), "b": refer(scene, b, "cell", rng)}
         seen = f"{{A}} is {PLACES[a.cell]} and {{b}} is {PLACES[b.cell]}, so"
         for way in direction(a, b):
             yield "Is {a} {way} {b}?", f"{seen} yes.", parts | {"way": way}, "yes"
@@ -205,7 +227,7 @@ def ask_neighbour(scene: Scene, rng: random.Random) -> Candidates:
         ways = [(way, a) for a in scene.things if a != b for way in direction(a, b)]
         for way, a in ways:
             if [w for w, _ in ways].count(way) == 1:
-                parts = {"way": way, "b": rng.choice(references(scene, b, "cell"))}
+                parts = {"way": way, "b": refer(scene, b, "cell", rng)}
                 found = f"{{B}} is {PLACES[b.cell]} and {{way}} it is the"
                 for wording, form, outcome in (
                     ("What colour is the object {way} {b}?", f"{a.size} {a.shape}, which is {a.colour}", a.colour),
@@ -228,7 +250,8 @@ def ask_remaining(scene: Scene, rng: random.Random) -> Candidates:
 
 CANDIDATES = {
     "colour": ask_colour, "shape": ask_shape, "size": ask_size, "count": ask_count, "existence": ask_existence,
-    "place": ask_place, "relation": ask_relation, "neighbour": ask_neighbour, "remaining": ask_remaining,
+    "look": ask_look, "place": ask_place, "relation": ask_relation, "neighbour": ask_neighbour,
+    "remaining": ask_remaining,
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cos
 from nanollava.train.stages import Stage
 from nanollava.vit import Block, VisionConfig, VisionTransformer
 
-VISION = VisionConfig(48, 16, hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4)
+VISION = VisionConfig(48, 16, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
 LANGUAGE_STAGE = Stage("language", ("language",), "vicuna_v1", lr=2e-3, batch_size=6, epochs=1)
 ASCII = "".join(map(chr, range(33, 127)))
 SHARE_OF_SINGLE_THINGS = 0.25  # of the contrastive steps: a word for each attribute first, who has which afterwards
@@ -88,6 +88,10 @@ class Clip(nn.Module):
         self.text_projection = nn.Linear(width, width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         nn.init.normal_(self.vision.embeddings.position_embedding.weight, std=0.5)
+        for block in self.vision.layers:  # adding nothing yet: so a patch keeps to its own content, not its neighbours'
+            for last in (block.self_attn.out_proj, block.mlp.fc2):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
 
     def similarity(self, pixels: Tensor, captions: list[list[int]]) -> Tensor:
         """(B, 3, S, S) images and B captions -> (B, B): scaled cosine of every image with every caption."""

@@ -44,10 +44,9 @@ class Recipe:
     per_kind: int = 300  # test questions of each kind
 
 
-WORLD = world.WorldSize(train=21_600, text=8_000)
 RECIPES = {
-    "demo": Recipe(WORLD, clip_steps=1000, language_steps=1000, stage1_steps=250, stage2_steps=2400),
-    "full": Recipe(WORLD, clip_steps=1000, language_steps=1000, stage1_steps=250, stage2_steps=7200),
+    "demo": Recipe(world.WorldSize(21_600), clip_steps=700, language_steps=700, stage1_steps=250, stage2_steps=2900),
+    "full": Recipe(world.WorldSize(43_200), clip_steps=1400, language_steps=1400, stage1_steps=250, stage2_steps=12000),
     "smoke": Recipe(world.WorldSize(80, 12, 60, 40), 4, 4, 3, 4, per_kind=12),
 }
 SAMPLE = Scene(

@@ -6,7 +6,7 @@ three kinds of record in the paper's proportions, 58K conversations : 23K detail
 
 import random
 
-from nanollava.miniature.language import PERCEPTION, REASONING, Question, ask, caption, describe, enumerate_things
+from nanollava.miniature.language import CONVERSATION, REASONING, Question, ask, caption, describe, enumerate_things
 from nanollava.miniature.scenes import Scene, Thing
 
 PROPORTIONS = {"conversation": 58, "detail": 23, "reasoning": 77}
@@ -32,7 +32,7 @@ def questions(scene: Scene, kind: str, rng: random.Random) -> list[Question]:
         return [describe(scene, rng)]
     if kind == "reasoning":
         return [ask_one(scene, REASONING, rng)]
-    turns = [ask_one(scene, PERCEPTION, rng) for _ in range(rng.randint(1, 3))]
+    turns = [ask_one(scene, CONVERSATION, rng) for _ in range(rng.randint(1, 3))]
     return list({turn.text: turn for turn in turns}.values())
 
 
