@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from nanollava.conversation import messages_from_record
-from nanollava.miniature import language, scenes, teacher, world
+from nanollava.miniature import language, pretrain, scenes, teacher, world
 from nanollava.miniature.language import KINDS, NUMBERS
 from nanollava.miniature.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing, draw, random_scene
 
@@ -72,6 +73,13 @@ def test_a_reference_fits_one_thing_only_and_hides_what_is_asked():
     for thing in things:
         for hidden, word in (("colour", thing.colour), ("shape", thing.shape), ("size", thing.size)):
             assert all(word not in phrase.split() for phrase in language.references(SCENE, thing, hidden))
+
+
+def test_a_thing_whose_shape_is_enough_is_mostly_called_by_it():
+    rng = random.Random(4)
+    counts = Counter(language.refer(SCENE, SCENE.things[1], "size", rng) for _ in range(1000))
+    assert counts.keys() == set(language.references(SCENE, SCENE.things[1], "size"))
+    assert counts["the heart"] > 500
 
 
 def test_things_that_look_alike_are_told_apart_and_places_that_mislead_are_not_used():
@@ -169,6 +177,16 @@ def test_existence_agrees_with_looking():
         assert last_word(question.answer) == ("yes" if found else "no")
 
 
+def test_a_look_tells_what_the_question_does_not():
+    rng = random.Random(12)
+    for scene in some_scenes(300):
+        question = language.ask(scene, "look", rng)
+        words = re.findall(r"\w+", question.answer)
+        (told,) = {t for t in scene.things if all(word in words for word in t.name.split())}
+        assert question.answer.endswith(f"{PLACES[told.cell]}.") or f" {PLACES[told.cell]} is " in question.answer
+        assert sum(word in (*SIZES, *COLOURS, *SHAPES) for word in words) == 3
+
+
 def test_relations_agree_with_rows_and_columns():
     rng = random.Random(8)
     steps = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
@@ -241,3 +259,14 @@ def test_a_world_is_the_same_every_time(small_world, tmp_path):
     files = sorted(p.relative_to(small_world) for p in small_world.rglob("*") if p.is_file())
     assert len(files) == 80 + 12 + 24 + 6 + 4
     assert all((tmp_path / f).read_bytes() == (small_world / f).read_bytes() for f in files)
+
+
+def test_at_the_start_of_clip_a_patch_holds_nothing_of_its_neighbours():
+    torch.manual_seed(0)
+    tower = pretrain.Clip(pretrain.VISION, vocab_size=50).vision
+    pixels = torch.randn(1, 3, 48, 48)
+    other = pixels.clone()
+    other[:, :, :16, :16] = 0  # the first patch
+    with torch.no_grad():
+        same = (tower(pixels) == tower(other)).all(-1)[0]
+    assert same.tolist() == [False] + 8 * [True]
