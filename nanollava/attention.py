@@ -1,6 +1,7 @@
 """Who may look at whom, said once, and three ways to carry it out.
 
-    softmax(q k^T / sqrt(E) + mask) v          (Vaswani et al., 2017, equation 1)
+    softmax(q k^T / sqrt(E) + mask) v, the mask 0 where a query may look and -inf elsewhere
+    (Vaswani et al., 2017, equation 1)
 
 A ``Mask`` describes the pattern. ``attention(mask, ...)`` turns it into a function ``attend(q, k, v)`` that every layer
 of a forward pass then shares:
@@ -33,6 +34,12 @@ class Mask:
     documents  (B, T of the keys) number of the document at each position; documents do not see each other
     branches   (B, T of the keys) within a document: 0 is a shared beginning that every branch sees,
                positions of different branches above 0 do not see each other
+
+    Training packs several records into a row, and questions about one image behind a single copy of it:
+
+        row        <image> question A answer   question B answer   another record
+        documents     0        0        0          0        0        1      1
+        branches      0        1        1          2        2        0      0
     """
 
     causal: bool = True
@@ -74,6 +81,7 @@ def attention(mask: Mask, batch: int, queries: int, keys: int, device: torch.dev
         return flex(mask, batch, queries, keys, device)
     if how == "plain":
         return functools.partial(plain, mask.dense(batch, queries, keys, device))
+    # one new token behind a cache sees all of it; is_causal counts from the first key, so it is right only without one
     everything = not packed and (not mask.causal or (queries == 1 and keys == mask.offset + 1))
     if everything or (not packed and mask.causal and mask.offset == 0 and queries == keys):
         return functools.partial(F.scaled_dot_product_attention, is_causal=not everything, enable_gqa=True)

@@ -101,7 +101,8 @@ def _hashes_training(messages: list[Message], template: Template) -> list[Segmen
 
 
 def _plain(messages: list[Message], template: Template) -> list[Segment]:
-    """Stage 1: the image, then its caption and a line's end. The instruction is dropped; the caption is learnt."""
+    """Stage 1: the image, then its caption and a line's end; the caption is learnt. The question is dropped, as in the
+    official code (the paper kept it): only the projector learns, and the caption is all there is to say."""
     marks = messages[0]["content"].count(IMAGE_TOKEN)
     if not marks or len(messages) > 2:
         raise Error(f"template plain: it takes one user turn with an {IMAGE_TOKEN} mark and at most one answer")
@@ -127,12 +128,12 @@ def _llama_2(messages: list[Message], template: Template) -> list[Segment]:
 
 _VICUNA_V1 = Template(_vicuna, USER_SYSTEM, "USER", "ASSISTANT")
 TEMPLATES = {
-    "vicuna_v1": _VICUNA_V1,
-    "v1": _VICUNA_V1,
-    "llava_v1": replace(_VICUNA_V1, system=HUMAN_SYSTEM),
-    "llava_v0": Template(_hashes, HUMAN_SYSTEM, "Human", "Assistant", stop="###"),
-    "plain": Template(_plain, stop="\n"),
-    "llava_llama_2": Template(_llama_2, LLAMA_2_SYSTEM),
+    "vicuna_v1": _VICUNA_V1,  # LLaVA v1.5, and the default here
+    "v1": _VICUNA_V1,  # the same, as the official scripts call it
+    "llava_v1": replace(_VICUNA_V1, system=HUMAN_SYSTEM),  # LLaVA v1
+    "llava_v0": Template(_hashes, HUMAN_SYSTEM, "Human", "Assistant", stop="###"),  # the paper's table 2
+    "plain": Template(_plain, stop="\n"),  # stage 1
+    "llava_llama_2": Template(_llama_2, LLAMA_2_SYSTEM),  # LLaVA on Llama 2 chat
 }
 
 
@@ -155,6 +156,7 @@ def encode(
         piece = _segment_ids(segment, tokenizer, prefix)
         ids += piece
         labels += piece if segment.loss else [IGNORE] * len(piece)
+        # behind an image as at the start: the official code tokenizes what stands around its images one by one
         prefix = segment.special and (segment.text == IMAGE_TOKEN or tokenizer.legacy)
     return ids, labels
 

@@ -21,7 +21,7 @@ from nanollava.conversation import Message, encode, get_template
 from nanollava.error import Error
 from nanollava.images import open_image, preprocess
 from nanollava.llama import Cache
-from nanollava.llava import NO_FEATURE, Llava, pad
+from nanollava.llava import NO_PATCH, Llava, pad
 from nanollava.tokenizer import IMAGE_TOKEN, Tokenizer
 
 EOS_ID = 2  # </s> of every LLaMA vocabulary, for models that come without a tokenizer
@@ -133,7 +133,7 @@ def decode(
 
     Prompts are padded on the left, so that all of them end, and are continued, at the same place.
     """
-    ids, features = model.splice_rows(prompts, 0 if pixels is None else len(pixels))
+    ids, patches = model.splice_rows(prompts, 0 if pixels is None else len(pixels))
     answers = [Answer(model.tokenizer, stop, _room(model, len(row), sampling)) for row in ids]
     padding = max(map(len, ids)) - torch.tensor([len(row) for row in ids], device=model.device)  # (B,)
     capacity = max(map(len, ids)) + max(answer.room for answer in answers)
@@ -142,7 +142,7 @@ def decode(
     documents = -(positions < 0).int() if padding.any() else None  # padding is a document of its own, number -1
     generator = None if sampling.seed is None else torch.Generator(model.device).manual_seed(sampling.seed)
 
-    x = _embed(model, ids, features, pixels)  # (B, T, D), later (B, 1, D)
+    x = _embed(model, ids, patches, pixels)  # (B, T, D), later (B, 1, D)
     while True:
         start, end = cache.length, cache.length + x.shape[1]
         mask = Mask(offset=start, documents=None if documents is None else documents[:, :end])
@@ -167,9 +167,9 @@ def _room(model: Llava, length: int, sampling: Sampling) -> int:
     return min(sampling.max_new_tokens, most - length)
 
 
-def _embed(model: Llava, ids: list[list[int]], features: list[list[int]], pixels: Tensor | None) -> Tensor:
+def _embed(model: Llava, ids: list[list[int]], patches: list[list[int]], pixels: Tensor | None) -> Tensor:
     """Spliced rows -> (B, T, D), padded on the left."""
-    columns = (pad(ids, 0, left=True).to(model.device), pad(features, NO_FEATURE, left=True).to(model.device))
+    columns = (pad(ids, 0, left=True).to(model.device), pad(patches, NO_PATCH, left=True).to(model.device))
     return model.embed(*columns, None if pixels is None else pixels.to(model.device))
 
 

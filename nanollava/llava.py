@@ -22,7 +22,7 @@ from nanollava.projector import make_projector
 from nanollava.tokenizer import IMAGE_TOKEN_ID, Tokenizer
 from nanollava.vit import VisionConfig, VisionTransformer
 
-NO_FEATURE = -1
+NO_PATCH = -1
 
 
 @dataclass
@@ -42,25 +42,28 @@ class Spliced(NamedTuple):
 
     token_ids: list[int]  # IMAGE_TOKEN_ID at image positions
     labels: list[int]  # IGNORE at image positions
-    features: list[int]  # image * N + patch at image positions, NO_FEATURE elsewhere
+    patches: list[int]  # image * N + patch at image positions, NO_PATCH elsewhere
 
 
 def splice(token_ids: list[int], labels: list[int], num_patches: int, max_length: int | None = None) -> Spliced:
     """Widen every <image> placeholder to its N patches and only then cut to ``max_length`` positions.
 
-    The images of a sequence are numbered from 0 in reading order.
+    The images of a sequence are numbered from 0 in reading order. With N = 3:
+
+        token_ids  1  -200              77   ->   1  -200 -200 -200  77
+        patches                                  -1     0    1    2  -1
     """
     out, image = Spliced([], [], []), 0
     for token, label in zip(token_ids, labels, strict=True):
         if token == IMAGE_TOKEN_ID:
             out.token_ids.extend([IMAGE_TOKEN_ID] * num_patches)
             out.labels.extend([IGNORE] * num_patches)
-            out.features.extend(range(image * num_patches, (image + 1) * num_patches))
+            out.patches.extend(range(image * num_patches, (image + 1) * num_patches))
             image += 1
         else:
             out.token_ids.append(token)
             out.labels.append(label)
-            out.features.append(NO_FEATURE)
+            out.patches.append(NO_PATCH)
     return Spliced(*(column[:max_length] for column in out))
 
 
@@ -78,7 +81,7 @@ class Batch:
 
     token_ids: Tensor
     labels: Tensor  # IGNORE where a position is not to be predicted
-    features: Tensor  # as in Spliced, images numbered through the whole batch
+    patches: Tensor  # as in Spliced, images numbered through the whole batch
     positions: Tensor  # as if every branch stood alone behind its shared beginning
     documents: Tensor  # -1 is padding
     branches: Tensor
@@ -106,14 +109,14 @@ class Llava(nn.Module):
         features = self.vision(pixels.to(self.vision.pre_layrnorm.weight.dtype), self.config.select_layer)
         return self.projector(features.to(next(self.projector.parameters()).dtype))
 
-    def embed(self, token_ids: Tensor, features: Tensor, pixels: Tensor | None) -> Tensor:
-        """(B, T) spliced ids and feature numbers, (M, 3, S, S) -> (B, T, D): words and image tokens in one sequence."""
-        words = self.language.embed_tokens(token_ids.clamp(min=0))
-        where = features != NO_FEATURE
+    def embed(self, token_ids: Tensor, patches: Tensor, pixels: Tensor | None) -> Tensor:
+        """(B, T) spliced ids and patch numbers, (M, 3, S, S) -> (B, T, D): words and image tokens in one sequence."""
+        words = self.language.embed_tokens(token_ids.clamp(min=0))  # -200 has no row: id 0 keeps its place till below
+        where = patches != NO_PATCH
         if pixels is None or not where.any():
             return words
-        image_tokens = self.image_tokens(pixels).flatten(0, 1)  # (M, N, D) -> (M N, D)
-        return words.index_put((where,), image_tokens[features[where]].to(words.dtype))
+        image_tokens = self.image_tokens(pixels).flatten(0, 1)  # (M, N, D) -> (M N, D): M times N rows
+        return words.index_put((where,), image_tokens[patches[where]].to(words.dtype))
 
     def forward(self, token_ids: Tensor, pixels: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """(B, T) ids with -200 for each image, (M, 3, S, S) images in reading order -> (B, T', V) logits.
@@ -124,28 +127,28 @@ class Llava(nn.Module):
         rows = token_ids.tolist()
         if lengths is not None:
             rows = [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
-        ids, features = self.splice_rows(rows, 0 if pixels is None else len(pixels), self.config.max_length)
-        spliced = (pad(ids, 0).to(token_ids.device), pad(features, NO_FEATURE).to(token_ids.device))
+        ids, patches = self.splice_rows(rows, 0 if pixels is None else len(pixels), self.config.max_length)
+        spliced = (pad(ids, 0).to(token_ids.device), pad(patches, NO_PATCH).to(token_ids.device))
         return self.language.lm_head(self.language.hidden(self.embed(*spliced, pixels)))
 
     def splice_rows(
         self, rows: list[list[int]], images: int, max_length: int | None = None
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Rows of ids -> their spliced ids and feature numbers, images counted through the rows.
+        """Rows of ids -> their spliced ids and patch numbers, images counted through the rows.
 
         Raises Error where the number of placeholders is not ``images``.
         """
         num_patches, placeholders = self.config.vision.num_patches, 0
-        ids, features = [], []
+        ids, patches = [], []
         for row in rows:
             spliced = splice(row, row, num_patches, max_length)
             ids.append(spliced.token_ids)
             first = placeholders * num_patches
-            features.append([f if f == NO_FEATURE else f + first for f in spliced.features])
+            patches.append([p if p == NO_PATCH else p + first for p in spliced.patches])
             placeholders += row.count(IMAGE_TOKEN_ID)
         if placeholders != images:
             raise Error(f"the text has {placeholders} <image> placeholders but {images} images were given")
-        return ids, features
+        return ids, patches
 
     def answer(self, image: str | Path | Image.Image | None, question: str, **sampling: Any) -> str:
         """One question about one picture (a path or a PIL image; None: no picture). See ``generate.answer``."""
@@ -156,9 +159,9 @@ class Llava(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         """Summed cross-entropy of all target tokens (equation 3); divide by their number over the whole step."""
         mask = Mask(documents=batch.documents, branches=batch.branches)
-        x = self.embed(batch.token_ids, batch.features, batch.pixels)
+        x = self.embed(batch.token_ids, batch.patches, batch.pixels)
         hidden = self.language.hidden(x, batch.positions, mask)
-        targets = batch.labels[:, 1:]
+        targets = batch.labels[:, 1:]  # what stands at t + 1 is predicted at t
         counted = targets != IGNORE  # logits take V numbers a position: only where they are needed
         logits = self.language.lm_head(hidden[:, :-1][counted]).float()
         return F.cross_entropy(logits, targets[counted], reduction="sum")

@@ -25,13 +25,17 @@ def make_projector(kind: str, C: int, D: int) -> nn.Module:
 
 @torch.no_grad()
 def whiten(projector: nn.Module, features: Tensor, smallest: float = 1e-2) -> None:
-    """Start the first layer so that what comes out of it for patch features, (M N, C) of M images, has mean zero and
-    variance one in all directions: x -> R (A^T (x - mean) / sqrt(variances)), where A and variances are the
-    eigenvectors and eigenvalues of the features' covariance and R (D, C) is random and orthogonal. Variances below
-    ``smallest`` of the largest are not blown up further.
+    """Start the first layer so that what comes out of it for patch features, M times N rows (M N, C) of M images, has
+    mean zero and about the same variance in all directions that matter:
 
-    Raises Error where the features do not vary. Not in the paper: a small tower says where a patch lies with much less
-    variance than what is in it; started like this, a small language model learns both at the same time.
+        x -> R A^T (x - mean) / sqrt(variances + smallest * max(variances))
+
+    where A and variances are the eigenvectors and eigenvalues of the features' covariance and R (D, C) is random with
+    orthonormal rows or columns. Far above ``smallest`` the variance becomes one, far below, where noise is, it stays
+    near zero. Raises Error where the features do not vary.
+
+    Not in the paper: a small tower says where a patch lies with much less variance than what is in it; without this, a
+    small language model learns the one much later than the other.
     """
     first = projector if isinstance(projector, nn.Linear) else projector[0]
     features = features.cpu().double()

@@ -5,7 +5,7 @@
 LLaVA takes the output of the last block but one, without the class token and without the final norm. The names of the
 modules are those of the official checkpoints.
 
-Shapes: B batch, S image side, P patch side, N = (S / P)^2 patches, C width, H heads, E = C / H.
+Shapes: B batch, S image side, P patch side, N = (S / P)^2 patches, T = 1 + N, C width, H heads, E = C / H.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,9 @@ from nanollava.attention import Attend, Mask, attention
 
 @dataclass
 class VisionConfig:
+    """The defaults are those of official configs, which leave out what is as in ViT-B/32. The paper's ViT-L/14 has
+    S 224, P 14, C 1024, 4096 inside, 24 blocks, 16 heads: N = 256."""
+
     image_size: int = 224  # S, pixels
     patch_size: int = 32  # P, pixels
     hidden_size: int = 768  # C

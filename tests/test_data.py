@@ -16,7 +16,7 @@ from nanollava.conversation import IGNORE, encode, images_from_record, messages_
 from nanollava.error import Error
 from nanollava.images import preprocess
 from nanollava.llama import LlamaConfig
-from nanollava.llava import NO_FEATURE, Llava, LlavaConfig, Spliced
+from nanollava.llava import NO_PATCH, Llava, LlavaConfig, Spliced
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
 from nanollava.tokenizer import Tokenizer
 from nanollava.train.data import (
@@ -178,7 +178,7 @@ def test_captions_share_their_image_and_every_caption_is_learnt_from_its_first_t
     assert_same(found, expected)
     assert len(batch.pixels) == 2 and len(examples) == 4
     lasts = [3, 3, 3, N + 3]  # the last patch of image 0 three times, of image 1 once
-    assert sorted(f for f in batch.features.flatten().tolist() if f in lasts) == lasts
+    assert sorted(f for f in batch.patches.flatten().tolist() if f in lasts) == lasts
 
 
 def test_a_group_too_long_for_a_row_is_split_and_still_the_same(read, tokenizer, folder):
@@ -236,7 +236,7 @@ def example(token_ids: list[int], labels: list[int], *images: str) -> Example:
 
 def test_a_shared_document_worked_by_hand():
     """`1 <image> 5` is common; 6 and 8 are predicted from the 5 in front of them, so each branch has its own 5."""
-    i, no = IGNORE, NO_FEATURE
+    i, no = IGNORE, NO_PATCH
     one = example([1, IMAGE, 5, 6, 7], [i, i, i, 6, 7], "a")
     two = example([1, IMAGE, 5, 8], [i, i, i, 8], "a")
     (found,) = documents([one, two], num_patches=2, max_length=100)
@@ -244,7 +244,7 @@ def test_a_shared_document_worked_by_hand():
         columns=Spliced(
             token_ids=[1, IMAGE, IMAGE, 5, 6, 7, 5, 8],
             labels=[i, i, i, i, 6, 7, i, 8],
-            features=[no, 0, 1, no, no, no, no, no],
+            patches=[no, 0, 1, no, no, no, no, no],
         ),
         positions=[0, 1, 2, 3, 4, 5, 3, 4],
         branches=[0, 0, 0, 1, 1, 1, 2, 2],
@@ -264,7 +264,7 @@ def test_branches_share_a_document_up_to_the_last_position(max_length, branches)
 def test_one_example_alone_has_one_branch():
     (found,) = documents([example([1, 5, 6], [IGNORE, IGNORE, 6])], num_patches=2, max_length=100)
     assert found == Document(
-        Spliced([1, 5, 6], [IGNORE, IGNORE, 6], [NO_FEATURE] * 3), positions=[0, 1, 2], branches=[1, 1, 1], images=()
+        Spliced([1, 5, 6], [IGNORE, IGNORE, 6], [NO_PATCH] * 3), positions=[0, 1, 2], branches=[1, 1, 1], images=()
     )
 
 
@@ -281,7 +281,7 @@ def test_a_target_at_the_very_beginning_leaves_nothing_to_share():
 
 
 def of_length(length: int) -> Document:
-    return Document(Spliced([7] * length, [7] * length, [NO_FEATURE] * length), list(range(length)), [1] * length, ())
+    return Document(Spliced([7] * length, [7] * length, [NO_PATCH] * length), list(range(length)), [1] * length, ())
 
 
 def test_packing_worked_by_hand():
@@ -302,7 +302,7 @@ def test_packing_loses_nothing_exceeds_nothing_and_opens_no_row_in_vain():
 
 def test_collating_worked_by_hand():
     """Two rows: two documents with an image each; one document without. Images are numbered through the batch."""
-    i, no = IGNORE, NO_FEATURE
+    i, no = IGNORE, NO_PATCH
     first = Document(Spliced([1, IMAGE, IMAGE, 5], [i, i, i, 5], [no, 0, 1, no]), [0, 1, 2, 3], [1] * 4, ("a",))
     other = Document(Spliced([1, IMAGE, IMAGE, 6], [i, i, i, 6], [no, 0, 1, no]), [0, 1, 2, 3], [0, 0, 1, 1], ("b",))
     pixels = {"a": torch.zeros(3, 2, 2), "b": torch.ones(3, 2, 2)}
@@ -312,7 +312,7 @@ def test_collating_worked_by_hand():
     assert {name: table[0, :9].tolist() for name, table in tables.items()} == {
         "token_ids": [1, IMAGE, IMAGE, 5, 1, IMAGE, IMAGE, 6, 0],
         "labels": [i, i, i, 5, i, i, i, 6, i],
-        "features": [no, 0, 1, no, no, 2, 3, no, no],
+        "patches": [no, 0, 1, no, no, 2, 3, no, no],
         "positions": [0, 1, 2, 3, 0, 1, 2, 3, 0],
         "documents": [0, 0, 0, 0, 1, 1, 1, 1, -1],
         "branches": [1, 1, 1, 1, 0, 0, 1, 1, 0],

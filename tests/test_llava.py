@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from nanollava.conversation import IGNORE
 from nanollava.error import Error
 from nanollava.llama import LlamaConfig
-from nanollava.llava import NO_FEATURE, Batch, Llava, LlavaConfig, Spliced, pad, splice
+from nanollava.llava import NO_PATCH, Batch, Llava, LlavaConfig, Spliced, pad, splice
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
 from nanollava.vit import VisionConfig
 
@@ -41,12 +41,12 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_splicing_worked_by_hand():
-    """Two images of three patches between words: features count 0 to 5, image positions never carry loss."""
+    """Two images of three patches between words: patches count 0 to 5, image positions never carry loss."""
     found = splice([1, IMAGE, 5, IMAGE, 6], [IGNORE, IGNORE, 5, 99, 6], num_patches=3)
     assert found == Spliced(
         token_ids=[1, IMAGE, IMAGE, IMAGE, 5, IMAGE, IMAGE, IMAGE, 6],
         labels=[IGNORE, IGNORE, IGNORE, IGNORE, 5, IGNORE, IGNORE, IGNORE, 6],
-        features=[NO_FEATURE, 0, 1, 2, NO_FEATURE, 3, 4, 5, NO_FEATURE],
+        patches=[NO_PATCH, 0, 1, 2, NO_PATCH, 3, 4, 5, NO_PATCH],
     )
 
 
@@ -63,11 +63,11 @@ def test_the_official_size_is_cut_to_2048_positions():
     spliced = splice(token_ids, token_ids, num_patches=576, max_length=2048)
     assert [len(column) for column in spliced] == [2048] * 3
     assert spliced.token_ids[577:] == spliced.labels[577:] == list(range(1000, 2471))
-    assert spliced.features[1:577] == list(range(576))
+    assert spliced.patches[1:577] == list(range(576))
 
 
 def test_text_without_images_is_left_as_it_is():
-    assert splice([1, 2, 3], [IGNORE, 2, 3], num_patches=9) == ([1, 2, 3], [IGNORE, 2, 3], [NO_FEATURE] * 3)
+    assert splice([1, 2, 3], [IGNORE, 2, 3], num_patches=9) == ([1, 2, 3], [IGNORE, 2, 3], [NO_PATCH] * 3)
 
 
 def test_labels_of_another_length_are_refused():
@@ -189,11 +189,11 @@ def packed_by_hand(pixels: torch.Tensor) -> Batch:
     The last patch belongs to the branches, because the first word of a branch may be predicted from it.
     """
     i = IGNORE
-    shared, patch, no = [1, *[IMAGE] * (N - 1)], [N - 1], NO_FEATURE
+    shared, patch, no = [1, *[IMAGE] * (N - 1)], [N - 1], NO_PATCH
     row = {
         "token_ids": [*shared, IMAGE, 20, 21, IMAGE, 30, 31, 32, 1, 40, 41, 0, 0],
         "labels": [i, i, i, i, i, 20, 21, i, i, 31, 32, i, i, 41, i, i],
-        "features": [no, 0, 1, 2, *patch, no, no, *patch, no, no, no, no, no, no, no, no],
+        "patches": [no, 0, 1, 2, *patch, no, no, *patch, no, no, no, no, no, no, no, no],
         "positions": [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 0, 1, 2, 0, 0],
         "documents": [0] * 11 + [1] * 3 + [-1] * 2,
         "branches": [0] * 4 + [1] * 3 + [2] * 4 + [0] * 5,

@@ -13,10 +13,11 @@ from nanollava.checkpoint import load
 from nanollava.error import Error
 from nanollava.evaluate import miniature as evaluation
 from nanollava.miniature.language import KINDS, Question
-from nanollava.miniature.recipe import Clock, in_processes
+from nanollava.miniature.recipe import Clock
 from nanollava.miniature.scenes import Scene, Thing
 from nanollava.miniature.world import Annotated
 from nanollava.tokenizer import load_tokenizer
+from nanollava.train.machine import in_processes
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,12 @@ def test_an_error_in_a_stage_is_one_line(finished, monkeypatch, capsys):
     monkeypatch.setattr(train, "train", refused)
     assert train.main(["miniature", "--recipe", "smoke", "--out", str(finished / "run")]) == 2
     assert capsys.readouterr().err == "error: no space left\n"
+
+
+def test_steps_of_another_recipe_are_not_taken_for_this_ones(finished, capsys):
+    assert train.main(["miniature", "--recipe", "demo", "--out", str(finished / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {finished / 'run'} holds a run with other numbers") and "recipe.json" in said
 
 
 def test_a_job_that_fails_ends_the_others_and_says_which_it_was(capfd):

@@ -17,7 +17,9 @@ NUMBERS = ("none", "one", "two", "three")
 PERCEPTION = ("colour", "shape", "size", "count", "existence", "place", "relation")
 REASONING = ("neighbour", "remaining")
 KINDS = PERCEPTION + REASONING
-CONVERSATION = (*PERCEPTION, "look", "look", "look")  # "Tell me about the star." teaches three lookups at once
+# "Tell me about the star." makes the model look up three things by one name, which is what it learns last: so it is
+# taught three times as often as the others. It is no kind of the test.
+CONVERSATION = (*PERCEPTION, "look", "look", "look")
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,8 @@ def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
 
 
 def existence(scene: Scene, attribute: str, value: str, shape: str) -> Candidates:
-    """Is there a shape whose ``attribute`` is ``value``?"""
+    """Is there a shape whose ``attribute`` is ``value``? The sizes are part of the wording, colours and shapes are not:
+    who guesses may answer "large" otherwise than "small"."""
     alike = (t for t in scene.things if t.shape == shape)
     verdict = "yes" if any(attribute == "shape" or getattr(t, attribute) == value for t in alike) else "no"
     told = "size" if attribute == "size" else "colour"

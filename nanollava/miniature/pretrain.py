@@ -34,6 +34,7 @@ from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cos
 from nanollava.train.stages import Stage
 from nanollava.vit import Block, VisionConfig, VisionTransformer
 
+# 3 x 3 patches, one for each of the nine places: an image is nine tokens, and to find a place is to choose one of them.
 VISION = VisionConfig(48, 16, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
 LANGUAGE_STAGE = Stage("language", ("language",), "vicuna_v1", lr=2e-3, batch_size=6, epochs=1)
 ASCII = "".join(map(chr, range(33, 127)))

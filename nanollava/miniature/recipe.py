@@ -4,17 +4,13 @@ Every step leaves a folder; a step whose folder is there is not done again, so a
 """
 
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import random
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +23,7 @@ from nanollava.folder import atomic_folder, check_writable, last_good, read_json
 from nanollava.miniature import pretrain, world
 from nanollava.miniature.scenes import Scene, Thing, draw, random_scene
 from nanollava.tokenizer import load_tokenizer
-from nanollava.train.machine import processor
+from nanollava.train.machine import in_processes, processor
 
 Command = Callable[[list[str]], None]  # does a train.py command as typed; raises what goes wrong
 
@@ -65,6 +61,7 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
     drawn, clip, vicuna, stage1, stage2 = (out / name for name in ("world", "clip", "vicuna", "stage1", "stage2"))
     for folder in filter(None, (drawn, bundle)):
         check_writable(folder)  # now, not after an hour of training
+    keep_to(recipe, out / "recipe.json")
     clock = Clock(out / "times.json")
     if not (drawn / "done").exists():
         with clock.step("world", f"Drawing the world: {recipe.size.train:,} pictures with captions and boxes"):
@@ -89,11 +86,25 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
         if bundle:
             give_away(stage2, bundle)
         text = report(out, recipe, stage1, bundle or stage2, drawn)
-    talk = f"talk to it:  python chat.py {bundle or stage2} --image {out / 'sample.png'}"
+    talk = f"talk to it:  {python()} chat.py {bundle or stage2} --image {out / 'sample.png'}"
     print(f"{text}\n\n{clock.summary()}\n{talk}", flush=True)
     if bundle:
         readme = BUNDLE_README.format(out=out, machine=processor(), clock=clock.summary(), text=text)
         (bundle / "README.md").write_text(readme)
+
+
+def keep_to(recipe: Recipe, file: Path) -> None:
+    """Raises Error where another recipe was begun in this folder: its finished steps would be taken for this one's."""
+    words = json.dumps(asdict(recipe), indent=2) + "\n"
+    if file.exists() and file.read_text() != words:
+        raise Error(f"{file.parent} holds a run with other numbers, see {file}; choose another --out or delete it")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(words)
+
+
+def python() -> str:
+    """How to call the Python that runs this, from the current folder."""
+    return os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
 
 
 def pretrain_parts(drawn: Path, clip: Path, vicuna: Path, recipe: Recipe, clock: "Clock") -> None:
@@ -107,48 +118,6 @@ def pretrain_parts(drawn: Path, clip: Path, vicuna: Path, recipe: Recipe, clock:
         title = "A small CLIP: which caption belongs to which picture? A small Vicuna: scenes told in words"
         with clock.step(" and ".join(missing), title):
             in_processes(missing)
-
-
-def in_processes(jobs: dict[str, tuple[Callable, tuple]]) -> None:
-    """Do independent jobs at the same time, each in a process with its share of the cores. Raises Error as soon as one
-    fails, and ends the others."""
-    context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // len(jobs))
-    processes = [
-        context.Process(target=do_one, name=name, args=(threads, *job), daemon=True) for name, job in jobs.items()
-    ]
-    try:
-        for process in processes:
-            process.start()
-        running = {process.sentinel: process for process in processes}
-        while running:
-            for sentinel in multiprocessing.connection.wait(list(running)):
-                process = running.pop(sentinel)
-                process.join()
-                if process.exitcode:
-                    raise Error(f"{process.name} failed; what it printed says why")
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()
-                process.join()
-
-
-def do_one(threads: int, function: Callable, arguments: tuple) -> None:
-    """One job of ``in_processes``. Ctrl-C is for the parent to answer, and without the parent it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    try:
-        function(*arguments)
-    except Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def end_with_parent() -> None:
-    """A parent that was killed cannot end its children: they watch for it."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 class Clock:
@@ -212,7 +181,7 @@ def report(out: Path, recipe: Recipe, stage1: Path, stage2: Path, drawn: Path) -
 BUNDLE_README = """\
 # The miniature's weights
 
-A LLaVA of 2.2 million parameters, trained from nothing on pictures that the repository draws itself. Made by
+A LLaVA of 2.0 million parameters, trained from nothing on pictures that the repository draws itself. Made by
 
     python train.py miniature --recipe full --out {out} --bundle weights/miniature
 

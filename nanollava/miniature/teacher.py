@@ -37,7 +37,7 @@ def questions(scene: Scene, kind: str, rng: random.Random) -> list[Question]:
 
 
 def ask_one(scene: Scene, kinds: tuple[str, ...], rng: random.Random) -> Question:
-    """A question of one of ``kinds``, each as likely as the others that the scene allows."""
+    """A question of one of ``kinds`` that the scene allows; a kind that is listed n times has n times the chance."""
     for kind in rng.sample(kinds, len(kinds)):
         if question := ask(scene, kind, rng):
             return question

@@ -24,7 +24,7 @@ import torch
 from nanollava.conversation import IGNORE, encode, images_from_record, messages_from_record
 from nanollava.error import Error, first_line
 from nanollava.images import check_image, open_image, preprocess
-from nanollava.llava import NO_FEATURE, Batch, LlavaConfig, Spliced, splice
+from nanollava.llava import NO_PATCH, Batch, LlavaConfig, Spliced, splice
 from nanollava.tokenizer import IMAGE_TOKEN_ID, Tokenizer
 
 
@@ -167,7 +167,7 @@ def documents(examples: list[Example], num_patches: int, max_length: int) -> Ite
 def shared_length(spliced: list[Spliced]) -> int:
     """How many positions all sequences begin with in common, at least one before the first that carries loss: a
     target is predicted from the position in front of it, which must be its branch's own."""
-    columns = zip(*(zip(s.token_ids, s.features, strict=True) for s in spliced), strict=False)
+    columns = zip(*(zip(s.token_ids, s.patches, strict=True) for s in spliced), strict=False)
     common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     targets = min(next((i for i, label in enumerate(s.labels) if label != IGNORE), len(s.labels)) for s in spliced)
     return max(0, min(common, targets - 1))
@@ -199,7 +199,7 @@ def pack(docs: Iterable[Document], max_length: int) -> list[list[Document]]:
 def collate(rows: list[list[Document]], num_patches: int, load: Callable[[str], torch.Tensor]) -> Batch:
     """Rows of documents -> a batch; ``load`` gives the pixels (3, S, S) of an image name."""
     length = -(-max(sum(len(d.positions) for d in row) for row in rows) // 64) * 64  # few shapes: fewer compilations
-    fill = {"token_ids": 0, "labels": IGNORE, "features": NO_FEATURE, "positions": 0, "documents": -1, "branches": 0}
+    fill = {"token_ids": 0, "labels": IGNORE, "patches": NO_PATCH, "positions": 0, "documents": -1, "branches": 0}
     table = {name: torch.full((len(rows), length), value) for name, value in fill.items()}
     pixels: list[torch.Tensor] = []
     for r, row in enumerate(rows):
@@ -207,8 +207,8 @@ def collate(rows: list[list[Document]], num_patches: int, load: Callable[[str], 
         for number, doc in enumerate(row):
             end = start + len(doc.positions)
             first = len(pixels) * num_patches
-            features = [f if f == NO_FEATURE else f + first for f in doc.columns.features]
-            values = doc.columns.token_ids, doc.columns.labels, features, doc.positions, number, doc.branches
+            numbers = [p if p == NO_PATCH else p + first for p in doc.columns.patches]
+            values = doc.columns.token_ids, doc.columns.labels, numbers, doc.positions, number, doc.branches
             for column, value in zip(table.values(), values, strict=True):
                 column[r, start:end] = torch.tensor(value)
             pixels.extend(map(load, doc.images))

@@ -1,6 +1,8 @@
 """What training asks of the machine: its cores, its memory, its compiler, its name."""
 
 import ctypes
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import resource
@@ -14,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from nanollava.error import Error
 
 
 def peak_memory(on_cuda: bool) -> float:
@@ -83,3 +87,45 @@ def processor() -> str:
     names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
     name = names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
     return f"{os.cpu_count()} cores ({name})"
+
+
+def in_processes(jobs: dict[str, tuple[Callable, tuple]]) -> None:
+    """Do independent jobs at the same time, each in a process with its share of the cores. Raises Error as soon as one
+    fails, and ends the others."""
+    context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // len(jobs))
+    processes = [
+        context.Process(target=do_one, name=name, args=(threads, *job), daemon=True) for name, job in jobs.items()
+    ]
+    try:
+        for process in processes:
+            process.start()
+        running = {process.sentinel: process for process in processes}
+        while running:
+            for sentinel in multiprocessing.connection.wait(list(running)):
+                process = running.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    raise Error(f"{process.name} failed; what it printed says why")
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
+
+
+def do_one(threads: int, function: Callable, arguments: tuple) -> None:
+    """One job of ``in_processes``. Ctrl-C is for the parent to answer, and without the parent it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    try:
+        function(*arguments)
+    except Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def end_with_parent() -> None:
+    """A parent that was killed cannot end its children: they watch for it."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 
 def warmup_cosine(step: int, steps: int, warmup: float = 0.03) -> float:
-    """Share of the full learning rate at ``step`` of ``steps``: linear over the first ``warmup``, then cosine to 0."""
+    """Share of the full learning rate at ``step`` of ``steps``: linear over the first ``warmup``, then cosine to 0.
+    As in transformers, the very first step has rate 0."""
     first = math.ceil(steps * warmup)
     if step < first:
         return step / max(1, first)
@@ -20,7 +21,8 @@ def warmup_cosine(step: int, steps: int, warmup: float = 0.03) -> float:
 
 
 def orthogonalise(matrices: Tensor, rounds: int = 5) -> Tensor:
-    """(b, m, n) -> the same with all singular values near one, by Newton-Schulz iteration (Jordan et al., 2024)."""
+    """(b, m, n) -> the same with all singular values near one, by Newton-Schulz iteration (Jordan et al., 2024, whose
+    coefficients reach about 0.7 to 1.2 in few rounds and stay there)."""
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()  # bfloat16 products are slow on a CPU
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -46,13 +48,15 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
-                momenta = torch.stack([self.look_ahead(p, group["momentum"]) for p in params]).flatten(2)
+                momenta = torch.stack([self.look_ahead(p, group["momentum"]) for p in params]).flatten(2)  # (b, m, n)
                 directions = orthogonalise(momenta).view(-1, *shape)
+                # entries of about 0.2 lr, as AdamW's steps have (Liu et al., 2025, Muon is scalable for LLM training)
                 scale = group["lr"] * 0.2 * max(momenta.shape[1:]) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, list(directions.unbind()), alpha=-scale)
 
     def look_ahead(self, p: nn.Parameter, momentum: float) -> Tensor:
+        """The gradient's running mean, and from there one step further along the gradient (Nesterov)."""
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
