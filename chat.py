@@ -13,7 +13,7 @@ from contextlib import closing, suppress
 from itertools import chain
 from pathlib import Path
 
-from nanollava.error import Error  # light; what needs PyTorch is imported where it is used, so that --help is instant
+from nanollava.error import Error, one_line  # light: what needs PyTorch is imported late, so that --help is instant
 
 MINIATURE = Path(__file__).resolve().parent / "weights" / "miniature"
 SAMPLE = MINIATURE / "sample.png"
@@ -38,9 +38,6 @@ def main(argv: list[str] | None = None) -> int:
             file.reconfigure(errors="replace")
     try:
         return run(args)
-    except Error as error:
-        print(error, file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -48,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
         return 1
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        if not (line := one_line(error)):
             raise
-        print("out of memory on this device: try --device cpu, another --dtype or a smaller model", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         return 2
 
 

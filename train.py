@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from nanollava.checkpoint import load, load_language, load_vision
-from nanollava.error import Error, first_line
+from nanollava.error import Error, first_line, one_line
 from nanollava.folder import last_good
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.miniature.recipe import RECIPES, run_miniature
@@ -35,9 +35,6 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         args.run(args)
-    except Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         saved = args.command != "miniature" and (last_good(args.out) / "training.pt").is_file()
         again = "the same command and --resume" if saved else "the same command"
@@ -46,14 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         return 1
-    except OSError as error:
-        print(
-            f"error: {error.filename or 'output'}: {error.strerror or first_line(error)}; check the path and the disk",
-            file=sys.stderr,
-        )
-        return 2
-    except torch.OutOfMemoryError:
-        print("error: out of memory on this device: try --rows-at-once 1, or a smaller --max-length", file=sys.stderr)
+    except Exception as error:
+        if not (line := one_line(error)):
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 2
     return 0
 
@@ -193,12 +186,21 @@ def read_data(args: argparse.Namespace, model: Llava, stage: Stage) -> tuple[lis
     groups = read_groups(args.data, args, model, stage)
     val = read_groups(args.val, args, model, stage) if args.val else []
     if args.val_fraction:
-        held = max(1, round(args.val_fraction * len(groups)))
-        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        val, groups = [groups[i] for i in order[:held]], [groups[i] for i in sorted(order[held:])]
+        groups, val = hold_out(groups, args.val_fraction, args.seed)
     if not groups:
         raise Error(f"{args.data}: no record left to train on")
     return groups, val
+
+
+def hold_out(groups: list[list[Example]], share: float, seed: int) -> tuple[list[list[Example]], list[list[Example]]]:
+    """A part to train on and a ``share`` for validation: whole images, with every group that is about them."""
+    subjects: dict[object, list[int]] = {}
+    for i, examples in enumerate(groups):
+        subjects.setdefault(examples[0].images or i, []).append(i)
+    order = torch.randperm(len(subjects), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [list(subjects.values())[i] for i in order[: max(1, round(share * len(subjects)))]]
+    held = {i for numbers in chosen for i in numbers}
+    return [g for i, g in enumerate(groups) if i not in held], [groups[i] for i in sorted(held)]
 
 
 @torch.no_grad()
@@ -223,6 +225,8 @@ def read_groups(file: Path, args: argparse.Namespace, model: Llava, stage: Stage
         print(f"{report.lost:,} of these end before their first answer: nothing is learnt from them; see --max-length")
     if report.problems:
         refuse_or_skip(file, args, report)
+    if examples and report.lost == len(examples):
+        raise Error(f"{file}: nothing to learn: every record ends before its first answer; give a larger --max-length")
     return group_by_image(examples) if args.share_images else [[example] for example in examples]
 
 

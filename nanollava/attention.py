@@ -39,7 +39,7 @@ class Mask:
 
         row        <image> question A answer   question B answer   another record
         documents     0        0        0          0        0        1      1
-        branches      0        1        1          2        2        0      0
+        branches      0        1        1          2        2        1      1
     """
 
     causal: bool = True

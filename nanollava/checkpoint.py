@@ -58,8 +58,8 @@ def load(
     """A LLaVA in eval mode from an official v1.5 folder or one of our own.
 
     dtype: of all weights; None is bfloat16 on CUDA and float32 elsewhere.
-    vision: a CLIP folder, for weights without an image tower. It is sought last, after the folder's own tensors, its
-    subfolder vision_tower/, and the folder beside it that is named like the last part of `mm_vision_tower`.
+    vision: a CLIP folder, for weights without an image tower; others refuse it. It is sought last, after the folder's
+    subfolder vision_tower/ and the folder beside it that is named like the last part of `mm_vision_tower`.
     Without tokenizer.model in the folder, `model.tokenizer` is None.
     Raises Error for whatever is missing, damaged or does not fit together.
     """
@@ -68,6 +68,8 @@ def load(
     fields.check_kind(config, file, "llava", "llava_llama")
     tower = None
     if any(name.startswith(TOWER) for name in _stored(folder)):
+        if vision is not None:
+            raise Error(f"{folder}: has an image tower of its own; leave out {vision} (vision=, --vision)")
         sizes = fields.vision_config(fields.required(config, file, "vision_config"), file)
     else:
         tower = load_vision(_find_vision(folder, config, vision), device, dtype)
@@ -286,6 +288,8 @@ def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path, max_length: int)
     if tokenizer is None:
         return
     shutil.copyfile(tokenizer.file, folder / "tokenizer.model")
+    if (added := tokenizer.file.with_name("added_tokens.json")).is_file():  # rows of the embedding that need a name
+        shutil.copyfile(added, folder / added.name)
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     flags = {"legacy": tokenizer.legacy, "add_bos_token": True, "add_eos_token": False, "model_max_length": max_length}
     _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **special, **flags})

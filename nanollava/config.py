@@ -5,6 +5,7 @@ value that would change what the network computes, and is not implemented here, 
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,6 +59,8 @@ def language_config(config: dict, file: Path) -> LlamaConfig:
     if config.get("head_dim") is None:
         _divides(sizes, file, "hidden_size", "num_attention_heads")
     _divides(sizes, file, "num_attention_heads", "num_key_value_heads")
+    if sizes.head_dim % 2:
+        raise Error(f"{file}: head_dim is {sizes.head_dim}, but rotary positions turn pairs: give an even one")
     return sizes
 
 
@@ -70,7 +73,7 @@ def llava_config(config: dict, file: Path, vision: VisionConfig) -> LlavaConfig:
             "give the tower that mm_vision_tower names"
         )
     layer, layers = required(config, file, "mm_vision_select_layer"), vision.num_hidden_layers
-    if layer not in range(-layers - 1, layers + 1):
+    if not isinstance(layer, int) or layer not in range(-layers - 1, layers + 1):
         raise Error(f'{file}: the field "mm_vision_select_layer" is {layer!r}, but the tower has {layers} layers')
     aspect = _choice(config, file, "image_aspect_ratio", "crop", "square", "pad")  # square: an official word for crop
     return LlavaConfig(
@@ -98,7 +101,7 @@ def _value(config: dict, file: Path, name: str, kind: Any) -> Any:
     value, numbers = config[name], (int, float) if kind is float else (int,)
     if kind is bool and not isinstance(value, bool):
         raise Error(f'{file}: the field "{name}" is {value!r}, expected true or false')
-    if kind is not bool and (not isinstance(value, numbers) or isinstance(value, bool) or value <= 0):
+    if kind is not bool and (not isinstance(value, numbers) or isinstance(value, bool) or not 0 < value < math.inf):
         raise Error(f'{file}: the field "{name}" is {value!r}, expected a positive number')
     if kind is int and value > LARGEST:
         raise Error(f'{file}: the field "{name}" is {value!r}, more than any model has ({LARGEST:,}); is it damaged?')

@@ -5,6 +5,19 @@ class Error(Exception):
     """Bad input, in one line: the file, the field and the remedy. The command lines print it and exit with status 2."""
 
 
+def one_line(error: Exception) -> str | None:
+    """What to say of an exception that is the user's or the machine's doing; None where it is a mistake of ours."""
+    if isinstance(error, Error):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'output'}: {error.strerror or first_line(error)}; check the path and the disk"
+    if "Symlink loop" in str(error):
+        return f"{first_line(error)}; check the path"
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+        return "out of memory on this device: try fewer rows at once, shorter ones, another --dtype or a smaller model"
+    return None
+
+
 def first_line(error: Exception) -> str:
     """What another library's exception says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,8 +102,9 @@ def _opened(file: Path):
 
 
 def _load_bin(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by torch.save; memory-mapped, so that only what is used is read."""
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    """The tensors of a file by torch.save; memory-mapped, so that only what is used is read (files from before 2020 are
+    no zip archives and cannot be mapped)."""
+    content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise Error(f"{file}: expected a dictionary of tensors; is it a file of weights?")
     return content
@@ -125,7 +127,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path).resolve()
     new, old = _siblings(path)
-    _check_replaceable(path)
+    check_replaceable(path)
     try:
         _repair(path)
         new.mkdir(parents=True)
@@ -161,7 +163,8 @@ def check_writable(path: Path) -> None:
     parent = path.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=parent, prefix=path.name).close()  # the prefix finds a name that is too long
+        tempfile.TemporaryFile(dir=parent).close()
+        _siblings(path.resolve())[1].exists()  # fails where the longest name that saving uses is too long
         is_file = path.exists() and not path.is_dir()
     except (OSError, ValueError) as error:
         raise Error(f"{path}: cannot be written ({first_line(error)}); choose another folder") from error
@@ -185,7 +188,7 @@ def _repair(path: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _check_replaceable(path: Path) -> None:
+def check_replaceable(path: Path) -> None:
     """Saving replaces a folder whole, so it must be a checkpoint, empty, or not there."""
     if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
         raise Error(f"{path}: holds other files than a checkpoint, which saving would delete; choose another folder")

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from nanollava.attention import Mask
 from nanollava.conversation import Message, encode, get_template
 from nanollava.error import Error
-from nanollava.images import open_image, preprocess
+from nanollava.images import open_image, preprocess, upright
 from nanollava.llama import Cache
 from nanollava.llava import NO_PATCH, Llava, pad
 from nanollava.tokenizer import IMAGE_TOKEN, Tokenizer
@@ -158,7 +158,7 @@ def decode(
 
 def _room(model: Llava, length: int, sampling: Sampling) -> int:
     """How many tokens an answer may have behind a prompt of so many positions."""
-    most = model.config.language.max_position_embeddings
+    most = min(model.config.max_length, model.config.language.max_position_embeddings)  # it was trained on no more
     if not length:
         raise Error("the prompt is empty: it needs at least one token")
     if length >= most:
@@ -222,7 +222,7 @@ def template_of(model: Llava) -> str:
 
 def pixels_of(model: Llava, image: str | Path | Image.Image) -> Tensor:
     """A picture -> (1, 3, S, S), turned as the camera was held. Raises Error where it cannot be read."""
-    image = ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else open_image(image, exif=True)
+    image = upright(image) if isinstance(image, Image.Image) else open_image(image, exif=True)
     return preprocess(image, model.config.vision.image_size, model.config.image_aspect_ratio).unsqueeze(0)
 
 

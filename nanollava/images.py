@@ -104,21 +104,17 @@ def open_image(path: str | Path, exif: bool = False) -> Image.Image:
     with _open(path) as image:
         try:
             image.load()
-            picture = to_rgb(_upright(image) if exif else image)
+            picture = to_rgb(upright(image) if exif else image)
         except Exception as error:  # Pillow's decoders raise a dozen kinds; all mean that the file is damaged
             raise Error(f"{path}: the image is damaged or incomplete ({first_line(error)}); fetch it again") from error
     return picture
 
 
-def image_header(path: str | Path) -> tuple[int, int]:
-    """(width, height) of a picture, reading only the header of its file. Raises Error as `check_image` does."""
+def check_image(path: str | Path) -> tuple[int, int]:
+    """(width, height) of a picture. Raises Error where its file is missing, empty, no image or too large; only the
+    header is read, so damage behind it is not seen."""
     with _open(path) as image:
         return image.size
-
-
-def check_image(path: str | Path) -> None:
-    """Raises Error where a file is missing, empty, no image or too large; damage past its header is not seen."""
-    image_header(path)
 
 
 def _open(path: str | Path) -> Image.Image:
@@ -147,7 +143,7 @@ def _too_large(path: str | Path, what: str) -> str:
     return f"{path}: the image is too large ({what} {limit}); make it smaller"
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF orientation says; as it is stored where that cannot be read."""
     try:
         return ImageOps.exif_transpose(image)

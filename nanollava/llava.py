@@ -67,9 +67,9 @@ def splice(token_ids: list[int], labels: list[int], num_patches: int, max_length
     return Spliced(*(column[:max_length] for column in out))
 
 
-def pad(rows: list[list[int]], value: int, length: int | None = None, left: bool = False) -> Tensor:
+def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
     """Lists of different lengths -> (B, T) with ``value`` behind the shorter ones, or in front of them."""
-    length = max(map(len, rows)) if length is None else length
+    length = max(map(len, rows))
     filling = [[value] * (length - len(row)) for row in rows]
     return torch.tensor([f + row if left else row + f for row, f in zip(rows, filling, strict=True)])
 
@@ -122,7 +122,8 @@ class Llava(nn.Module):
         """(B, T) ids with -200 for each image, (M, 3, S, S) images in reading order -> (B, T', V) logits.
 
         Rows of different lengths are padded on the right and come with ``lengths`` (B,). T' counts N positions for each
-        image. Raises Error where the number of placeholders is not M.
+        image; what is longer than ``max_length`` is cut, as in training. Raises Error where the number of placeholders
+        is not M.
         """
         rows = token_ids.tolist()
         if lengths is not None:

@@ -1,6 +1,5 @@
 """What several test files share: two threads, the files of real input, and a small tokenizer made on the spot."""
 
-import importlib.util
 import os
 from collections.abc import Callable
 from itertools import pairwise
@@ -11,6 +10,7 @@ import sentencepiece
 import torch
 from PIL import Image
 
+import train
 from nanollava import checkpoint
 from nanollava.llama import Llama, LlamaConfig
 from nanollava.llava import Llava, LlavaConfig
@@ -122,9 +122,6 @@ class Trainer:
     """train.py in this process, and tiny official folders to start from: clip/ and vicuna/, random weights."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
-        spec = importlib.util.spec_from_file_location("train", Path(__file__).parents[1] / "train.py")
-        self.program = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.program)
         self.clip, self.vicuna, self.images = folder / "clip", folder / "vicuna", folder / "images"
         torch.manual_seed(0)
         checkpoint.save_vision(VisionTransformer(VisionConfig(16, 8, 16, 16, 2, 2)), self.clip)
@@ -136,7 +133,7 @@ class Trainer:
 
     def __call__(self, *words: object) -> int:
         """The exit status of ``python train.py WORDS``."""
-        return self.program.main([str(word) for word in words])
+        return train.main([str(word) for word in words])
 
     def stage(self, number: int, data: Path, out: Path, *words: object) -> int:
         """A stage on that data, from clip/ and vicuna/ unless the words name a --model."""

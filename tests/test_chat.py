@@ -1,6 +1,5 @@
 """chat.py as people use it: a terminal, a pipe, one question, Ctrl-C, and everything that can be wrong."""
 
-import importlib.util
 import io
 import os
 import select
@@ -15,14 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+import chat
 from nanollava import checkpoint
 from nanollava.error import Error
 from nanollava.tokenizer import Tokenizer
 
 PROGRAM = Path(__file__).parents[1] / "chat.py"
-spec = importlib.util.spec_from_file_location("chat", PROGRAM)
-chat = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(chat)
 TEXT = "The ball is blue."
 
 
@@ -304,6 +301,15 @@ def test_running_out_of_memory_is_one_line(talk, folder, monkeypatch):
     status, _, errors = talk("", folder, "--ask", "What?")
     assert (status, errors.count("\n")) == (2, 1)
     assert "out of memory" in errors
+
+
+@pytest.mark.parametrize("kind", ["name too long", "loop"])
+def test_a_path_that_leads_nowhere_is_one_line(talk, tmp_path, kind):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    folder = tmp_path / "loop" if kind == "loop" else tmp_path / ("x" * 300)
+    status, _, errors = talk("", folder, "--ask", "What?")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert errors.startswith("error: ") and str(folder)[:50] in errors
 
 
 def test_faults_of_the_program_are_not_hidden(talk, folder, monkeypatch):

@@ -202,6 +202,9 @@ def test_where_the_image_tower_is_sought(tmp_path):
         assert str(place) in str(caught.value)
     save_vision(model.vision, tmp_path / "elsewhere")
     assert_same(load(run, vision=tmp_path / "elsewhere"), model)
+    save(model, tmp_path / "whole")
+    with pytest.raises(Error, match="tower of its own"):
+        load(tmp_path / "whole", vision=tmp_path / "elsewhere")
     save_vision(other, tmp_path / "clip-small")  # beside it: found before the one that was named
     assert_same(load(run, vision=tmp_path / "elsewhere").vision, other)
     save_vision(model.vision, run / "vision_tower")  # inside: found before all others
@@ -290,6 +293,15 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, tokenizer):
     shutil.copy(tokenizer.file, tmp_path / "tokenizer.model")
     (tmp_path / "added_tokens.json").write_text('{"<im_start>": 400, "<im_end>": 401}')
     check_tokenizer(Tokenizer(tmp_path / "tokenizer.model"), 402)
+
+
+def test_tokens_that_were_added_are_saved_along(tmp_path, tokenizer):
+    shutil.copy(tokenizer.file, tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text('{"[PAD]": 400}')
+    wide = LlamaConfig(**{**LANGUAGE, "vocab_size": 401})
+    model = Llava(LlavaConfig(VISION, wide), Tokenizer(tmp_path / "tokenizer.model")).eval()
+    save(model, tmp_path / "run")
+    assert_same(load(tmp_path / "run"), model)
 
 
 # ---------------------------------------------------------------- saving that fails

@@ -1,5 +1,6 @@
 """config.json in and out: every field comes back, and what cannot be understood or computed is named."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,10 @@ PROBLEMS = [
     ({"hidden_size": 24.5}, "positive number"),
     ({"vocab_size": -5}, "positive number"),
     ({"rms_norm_eps": 0}, "positive number"),
+    ({"rms_norm_eps": math.nan}, "positive number"),
+    ({"rope_theta": math.inf}, "positive number"),
+    ({"head_dim": 7}, "even"),
+    ({"mm_vision_select_layer": -2.0}, "-2.0"),
     ({"tie_word_embeddings": "no"}, "true or false"),
     ({"tokenizer_model_max_length": 0}, "positive number"),
     ({"num_key_value_heads": 5}, "not a multiple"),

@@ -201,6 +201,12 @@ def test_damaged_files_are_one_line_that_names_them(tmp_path, ending):
         read(tmp_path)
 
 
+def test_a_bin_file_from_before_the_zip_format_is_read(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    found = read(tmp_path)
+    assert found.keys() == WEIGHTS.keys() and all(torch.equal(found[name], WEIGHTS[name]) for name in WEIGHTS)
+
+
 def test_a_bin_file_runs_no_code_and_holds_only_tensors(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -245,4 +251,6 @@ def test_a_folder_that_cannot_be_made_is_said_before_anything_is_done(tmp_path):
         with pytest.raises(Error, match="choose another"):
             check_writable(path)
     check_writable(tmp_path / "new" / "folder")
+    with pytest.raises(Error, match="cannot be written"):  # the name itself would do, the one it is saved under not
+        check_writable(tmp_path / ("x" * 250))
     assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "new").iterdir())

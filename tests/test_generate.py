@@ -56,6 +56,14 @@ PROMPTS = [[1, 50, 51, 52, 53], [1, 50, I, 60], [1, I, 60, 61, I, 62, 63, 64], [
 IMAGES = [0, 1, 2, 0, 1]
 
 
+def test_an_answer_ends_where_training_ended(tokenizer):
+    model = random_model(tokenizer, max_length=20)
+    (answer,) = generate(model, [[1, 50, 51]], None, Sampling(max_new_tokens=100))
+    assert len(answer.ids) <= 17 and model.config.language.max_position_embeddings == 200
+    with pytest.raises(Error, match="takes 20 positions"):
+        generate(model, [[1] * 20], None, Sampling(max_new_tokens=100))
+
+
 def test_cached_decoding_is_the_full_forward_pass():
     model, pixels = random_model(), random_pixels(2)
     steps = collect_logits(model)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from nanollava.error import Error
-from nanollava.images import FILL, MAX_PIXELS, MEAN, STD, check_image, image_header, open_image, preprocess, to_rgb
+from nanollava.images import FILL, MAX_PIXELS, MEAN, STD, check_image, open_image, preprocess, to_rgb
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 
@@ -191,7 +191,7 @@ def test_missing_folder_empty_and_no_image(tmp_path):
 def test_truncated_files(tmp_path, name):
     noise(200, 100).save(tmp_path / name)
     data = (tmp_path / name).read_bytes()
-    assert image_header(tmp_path / name) == (200, 100)
+    assert check_image(tmp_path / name) == (200, 100)
     for kept in (len(data) * 2 // 3, 40, 9, 3, 1):
         (tmp_path / name).write_bytes(data[:kept])
         refused(tmp_path / name, "damaged|cannot be read|not an image", by_header=False)
@@ -222,6 +222,6 @@ def test_enormous_pictures_are_refused_by_their_header(tmp_path):
 def test_a_wide_picture_is_read_in_silence(tmp_path):
     path = tmp_path / "wide.png"
     Image.new("1", (20_000, 5_000)).save(path)  # 100 million pixels: Pillow alone would warn
-    program = f"from nanollava.images import image_header; print(image_header({str(path)!r}))"
+    program = f"from nanollava.images import check_image; print(check_image({str(path)!r}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("(20000, 5000)\n", "")

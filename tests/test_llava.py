@@ -78,7 +78,6 @@ def test_labels_of_another_length_are_refused():
 def test_padding_goes_behind_or_where_asked_in_front():
     assert pad([[1, 2, 3], [4]], -7).tolist() == [[1, 2, 3], [4, -7, -7]]
     assert pad([[1, 2, 3], [4]], -7, left=True).tolist() == [[1, 2, 3], [-7, -7, 4]]
-    assert pad([[1], []], 0, length=2).tolist() == [[1, 0], [0, 0]]
 
 
 # ---------------------------------------------------------------- forward

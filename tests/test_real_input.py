@@ -1,15 +1,15 @@
 """Real photographs and the real tokenizer, from records in the official format to answers in the terminal."""
 
-import importlib.util
 import io
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import chat
+import train
 from nanollava.checkpoint import save_language, save_vision
 from nanollava.llama import Llama, LlamaConfig
 from nanollava.tokenizer import Tokenizer
@@ -49,43 +49,29 @@ def folder(llama_tokenizer_file, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def program() -> Callable:
-    """A function: name of a script -> its main."""
-
-    def load(name: str) -> Callable[[list[str]], int]:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.main
-
-    return load
-
-
 def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_what_is_said_of_two_photographs_is_learnt_and_said_again(folder, fixtures, program, capsys, monkeypatch):
+def test_what_is_said_of_two_photographs_is_learnt_and_said_again(folder, fixtures, capsys, monkeypatch):
     """Stage 1 can only turn the projector, in front of a language model that knows nothing; stage 2 learns it all."""
-    train, photos = program("train"), fixtures / "photos"
+    photos = fixtures / "photos"
     shared = ["--images", str(photos), "--batch-size", "5", "--device", "cpu", "--save-every", "0"]
     parts = ["--vision", str(folder / "clip"), "--language", str(folder / "vicuna"), "--projector", "mlp2x_gelu"]
     data, out = str(folder / "captions.json"), str(folder / "stage1")
-    assert train(["stage1", "--data", data, "--out", out, "--steps", "30", "--lr", "1e-2", *parts, *shared]) == 0
+    assert train.main(["stage1", "--data", data, "--out", out, "--steps", "30", "--lr", "1e-2", *parts, *shared]) == 0
     assert losses(folder / "stage1")[-1] < losses(folder / "stage1")[0] - 0.3
     data, out = str(folder / "instruct.json"), str(folder / "stage2")
     words = ["--model", str(folder / "stage1"), "--steps", "100", "--lr", "1e-2", "--optimizer", "muon"]
-    assert train(["stage2", "--data", data, "--out", out, *words, *shared]) == 0
+    assert train.main(["stage2", "--data", data, "--out", out, *words, *shared]) == 0
     assert losses(folder / "stage2")[-1] < 0.05
     capsys.readouterr()
 
-    chat = program("chat")
     for image, question, answer, *_ in TALKS:
         show = ["--image", str(photos / image)] if image else []
-        assert chat([out, *show, "--device", "cpu", "--ask", question]) == 0
+        assert chat.main([out, *show, "--device", "cpu", "--ask", question]) == 0
         assert capsys.readouterr().out == f"{answer}\n"
     image, *turns = TALKS[2]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(turns[::2]).encode())))
-    assert chat([out, "--image", str(photos / image), "--device", "cpu"]) == 0
+    assert chat.main([out, "--image", str(photos / image), "--device", "cpu"]) == 0
     assert capsys.readouterr().out.splitlines() == turns[1::2]

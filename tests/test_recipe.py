@@ -76,6 +76,9 @@ def test_steps_of_another_recipe_are_not_taken_for_this_ones(finished, capsys):
     assert train.main(["miniature", "--recipe", "demo", "--out", str(finished / "run")]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {finished / 'run'} holds a run with other numbers") and "recipe.json" in said
+    (finished / "run/recipe.json").rename(finished / "recipe.json")
+    assert train.main(["miniature", "--recipe", "smoke", "--out", str(finished / "run")]) == 2
+    (finished / "recipe.json").rename(finished / "run/recipe.json")
 
 
 def test_a_job_that_fails_ends_the_others_and_says_which_it_was(capfd):
@@ -88,10 +91,14 @@ def test_a_job_that_fails_ends_the_others_and_says_which_it_was(capfd):
 
 def test_folders_that_cannot_be_written_are_said_at_once(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    for words in (["--out", tmp_path / "file"], ["--out", tmp_path / "new", "--bundle", tmp_path / "file"]):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/poem.txt").write_text("mine")
+    new = ["--out", tmp_path / "new", "--bundle"]
+    for name, words in (("file", ["--out", tmp_path / "file"]), ("file", [*new, tmp_path / "file"]),
+                        ("folder", [*new, tmp_path / "folder"])):  # fmt: skip
         assert train.main(["miniature", "--recipe", "smoke", *map(str, words)]) == 2
         printed = capsys.readouterr()
-        assert printed.err.startswith(f"error: {tmp_path / 'file'}") and printed.out == ""
+        assert printed.err.startswith(f"error: {tmp_path / name}") and printed.out == ""
 
 
 def test_the_clock_counts_what_was_interrupted(tmp_path):

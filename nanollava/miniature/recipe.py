@@ -19,7 +19,7 @@ from PIL import Image
 from nanollava.checkpoint import load, write
 from nanollava.error import Error
 from nanollava.evaluate.miniature import caption_f1, evaluate, table
-from nanollava.folder import atomic_folder, check_writable, last_good, read_json
+from nanollava.folder import atomic_folder, check_replaceable, check_writable, last_good, read_json
 from nanollava.miniature import pretrain, world
 from nanollava.miniature.scenes import Scene, Thing, draw, random_scene
 from nanollava.tokenizer import load_tokenizer
@@ -59,9 +59,11 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
     """Do what is missing in ``out``; leave small weights to give away in ``bundle``. Stages run through ``command``, so
     that what happens here is what anyone can type."""
     drawn, clip, vicuna, stage1, stage2 = (out / name for name in ("world", "clip", "vicuna", "stage1", "stage2"))
-    for folder in filter(None, (drawn, bundle)):
-        check_writable(folder)  # now, not after an hour of training
-    keep_to(recipe, out / "recipe.json")
+    check_writable(drawn)
+    if bundle:  # now, not after an hour of training
+        check_writable(bundle)
+        check_replaceable(bundle)
+    keep_to(recipe, out)
     clock = Clock(out / "times.json")
     if not (drawn / "done").exists():
         with clock.step("world", f"Drawing the world: {recipe.size.train:,} pictures with captions and boxes"):
@@ -89,16 +91,18 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
     talk = f"talk to it:  {python()} chat.py {bundle or stage2} --image {out / 'sample.png'}"
     print(f"{text}\n\n{clock.summary()}\n{talk}", flush=True)
     if bundle:
-        readme = BUNDLE_README.format(out=out, machine=processor(), clock=clock.summary(), text=text)
+        name = next(name for name, known in RECIPES.items() if known == recipe)
+        facts = {"recipe": name, "out": out, "bundle": bundle, "machine": processor(), "clock": clock.summary()}
+        readme = BUNDLE_README.format(**facts, text=text)
         (bundle / "README.md").write_text(readme)
 
 
-def keep_to(recipe: Recipe, file: Path) -> None:
+def keep_to(recipe: Recipe, out: Path) -> None:
     """Raises Error where another recipe was begun in this folder: its finished steps would be taken for this one's."""
-    words = json.dumps(asdict(recipe), indent=2) + "\n"
-    if file.exists() and file.read_text() != words:
-        raise Error(f"{file.parent} holds a run with other numbers, see {file}; choose another --out or delete it")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file, words = out / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n"
+    if (file.exists() and file.read_text() != words) or (not file.exists() and (out / "world").exists()):
+        raise Error(f"{out} holds a run with other numbers (recipe.json there); choose another --out, or delete it")
+    out.mkdir(parents=True, exist_ok=True)
     file.write_text(words)
 
 
@@ -183,7 +187,7 @@ BUNDLE_README = """\
 
 A LLaVA of 2.0 million parameters, trained from nothing on pictures that the repository draws itself. Made by
 
-    python train.py miniature --recipe full --out {out} --bundle weights/miniature
+    python train.py miniature --recipe {recipe} --out {out} --bundle {bundle}
 
 on {machine}. {clock}
 
