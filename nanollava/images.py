@@ -89,7 +89,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(grey.astype(np.uint8))
     if "transparency" in image.info:
         image = image.copy()
-        del image.info["transparency"]  # a transparent colour is alpha too
+        del image.info["transparency"]  # or Pillow warns that a palette's alpha is lost
     return image.convert("RGB")
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import train
+from nanollava.checkpoint import load
+from nanollava.miniature import pretrain
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,3 +38,13 @@ def test_every_flag_that_is_named_exists():
     known = {flag for p in stages.values() for a in p._actions for flag in a.option_strings}
     known |= {"--image", "--ask"}  # of chat.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+
+
+def test_the_bundled_model_is_the_one_that_this_code_makes_and_says_what_is_printed():
+    model = load(ROOT / "weights/miniature")
+    assert model.config.vision == pretrain.VISION
+    assert model.config.language == pretrain.language_config(model.tokenizer)
+    conversation = re.findall(r"^> (.+)\n(.+)$", README, flags=re.M)
+    assert len(conversation) == 6
+    for question, answer in conversation:
+        assert model.answer(ROOT / "weights/miniature/sample.png", question) == answer
