@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nanollava.conversation import messages_from_record
+from nanollava.evaluate import miniature as evaluation
 from nanollava.miniature import language, pretrain, scenes, teacher, world
 from nanollava.miniature.language import KINDS, NUMBERS
 from nanollava.miniature.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing, draw, random_scene
@@ -33,7 +34,7 @@ def some_scenes(count: int, split: str = "train") -> list[Scene]:
 def test_no_scene_belongs_to_two_splits_in_any_file(small_world):
     seen = {split: {i.scene for i in world.read_split(small_world, split)} for split in ("train", "val", "test")}
     for record in json.loads((small_world / "text.json").read_text()):
-        told = language.parse_description(record["conversations"][0]["value"])
+        told = evaluation.parse_description(record["conversations"][0]["value"])
         seen["train"].add(scenes.make_scene(told))
     assert all(scene.split == split for split, found in seen.items() for scene in found)
     assert not seen["train"] & seen["test"] and not seen["train"] & seen["val"] and not seen["val"] & seen["test"]
@@ -221,17 +222,17 @@ def test_guessing_a_two_way_question_is_right_half_of_the_time(kind):
 def test_a_description_read_back_is_the_scene():
     rng = random.Random(5)
     for scene in some_scenes(200):
-        assert language.parse_description(language.describe(scene, rng).answer) == list(scene.things)
-        assert sorted(language.parse_description(language.caption(scene, rng))) == list(scene.things)
-        named = language.parse_names(language.caption(scene, rng, places=False))
+        assert evaluation.parse_description(language.describe(scene, rng).answer) == list(scene.things)
+        assert sorted(evaluation.parse_description(language.caption(scene, rng))) == list(scene.things)
+        named = evaluation.parse_names(language.caption(scene, rng, places=False))
         assert sorted(named) == sorted((t.size, t.colour, t.shape) for t in scene.things)
 
 
 def test_a_wrong_description_is_not_read_as_the_scene():
     text = language.describe(SCENE, random.Random(0)).answer
-    assert language.parse_description(text.replace("blue star", "green star")) != list(SCENE.things)
-    assert language.parse_description(text + " There is a small pink cross in the centre.") != list(SCENE.things)
-    assert language.parse_description(text.replace(PLACES[7], PLACES[8])) != list(SCENE.things)
+    assert evaluation.parse_description(text.replace("blue star", "green star")) != list(SCENE.things)
+    assert evaluation.parse_description(text + " There is a small pink cross in the centre.") != list(SCENE.things)
+    assert evaluation.parse_description(text.replace(PLACES[7], PLACES[8])) != list(SCENE.things)
 
 
 def test_records_are_official_and_in_the_paper_s_proportions(small_world):

@@ -7,6 +7,7 @@ the yes or no that it ends in.
 """
 
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from nanollava.conversation import encode
 from nanollava.generate import Sampling, generate
 from nanollava.images import open_image, preprocess
 from nanollava.llava import Llava
-from nanollava.miniature.language import KINDS, Question, ask, describe, fill, parse_description, parse_names
+from nanollava.miniature.language import KINDS, Question, ask, describe, fill
+from nanollava.miniature.scenes import COLOURS, PLACES, SHAPES, SIZES, Thing
 from nanollava.miniature.world import Annotated, read_split
 from nanollava.train.data import read_list
 
@@ -130,6 +132,20 @@ def describe_scores(items: list[Item], texts: list[str]) -> dict[str, float]:
     named = [sorted(parse_names(text)) == look for text, look in zip(texts, looks, strict=True)]
     placed = [sorted(parse_description(text)) == list(things) for text, things in zip(texts, scenes, strict=True)]
     return {"things": sum(named) / len(named), "things and places": sum(placed) / len(placed)}
+
+
+NAME = rf"\b({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b"
+PLACED = re.compile(rf"{NAME} ({'|'.join(PLACES)})(?=[.,]| and|$)")
+
+
+def parse_description(text: str) -> list[Thing]:
+    """The things that a description or caption with places names, duplicates kept, in the order of the text."""
+    return [Thing(PLACES.index(place), *name) for *name, place in PLACED.findall(text)]
+
+
+def parse_names(text: str) -> list[tuple[str, str, str]]:
+    """(size, colour, shape) of every thing named in a caption, with or without a place."""
+    return re.findall(NAME, text.lower())
 
 
 def caption_f1(model: Llava, world: Path, count: int = 300) -> tuple[float, float]:

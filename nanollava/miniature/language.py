@@ -1,11 +1,10 @@
-"""What can be said about a scene: captions, questions with their answers, descriptions; and descriptions read back.
+"""What can be said about a scene: captions, questions with their answers, descriptions.
 
 A question and a scene determine the answer word for word: things are named in reading order, and what is asked about
 is named as the question names it. Where several steps lead to an answer, it gives its evidence first ("..., so two").
 """
 
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -294,17 +293,3 @@ def describe(scene: Scene, rng: random.Random) -> Question:
 def placed(thing: Thing) -> str:
     """One thing and its place as a sentence."""
     return f"There is {article(thing.name)} {PLACES[thing.cell]}."
-
-
-NAME = rf"\b({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b"
-PLACED = re.compile(rf"{NAME} ({'|'.join(PLACES)})(?=[.,]| and|$)")
-
-
-def parse_description(text: str) -> list[Thing]:
-    """The things that a description or caption with places names, duplicates kept, in the order of the text."""
-    return [Thing(PLACES.index(place), *name) for *name, place in PLACED.findall(text)]
-
-
-def parse_names(text: str) -> list[tuple[str, str, str]]:
-    """(size, colour, shape) of every thing named in a caption, with or without a place."""
-    return re.findall(NAME, text.lower())

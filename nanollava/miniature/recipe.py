@@ -93,7 +93,8 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
     if bundle:
         name = next(name for name, known in RECIPES.items() if known == recipe)
         facts = {"recipe": name, "out": out, "bundle": bundle, "machine": processor(), "clock": clock.summary()}
-        readme = BUNDLE_README.format(**facts, text=text)
+        millions = sum(p.numel() for p in load(bundle).parameters()) / 1e6
+        readme = BUNDLE_README.format(**facts, millions=millions, text=text)
         (bundle / "README.md").write_text(readme)
 
 
@@ -185,7 +186,7 @@ def report(out: Path, recipe: Recipe, stage1: Path, stage2: Path, drawn: Path) -
 BUNDLE_README = """\
 # The miniature's weights
 
-A LLaVA of 2.0 million parameters, trained from nothing on pictures that the repository draws itself. Made by
+A LLaVA of {millions:.1f} million parameters, trained from nothing on pictures that the repository draws itself. Made by
 
     python train.py miniature --recipe {recipe} --out {out} --bundle {bundle}
 
