@@ -25,6 +25,7 @@ from nanollava.miniature.world import Annotated, read_split
 from nanollava.train.data import read_list
 
 BATCH = 250  # questions generated at once
+ATTRIBUTES = (*SIZES, *COLOURS, *SHAPES)
 NOT_ALONE = ("relation", "neighbour")  # kinds that need more than one thing
 
 
@@ -152,7 +153,7 @@ def caption_f1(model: Llava, world: Path, count: int = 300) -> tuple[float, floa
     """F1 of the attributes named in stage 1's captions against the scene, and against another image's scene."""
     images = read_split(world, "test")[:count]
     texts = answers(model, world, (("", image) for image in images), "plain")
-    told = [Counter(word for name in parse_names(text) for word in name) for text in texts]
+    told = [Counter(word for word in re.findall(r"\w+", text.lower()) if word in ATTRIBUTES) for text in texts]
     true = [Counter(word for t in i.scene.things for word in (t.size, t.colour, t.shape)) for i in images]
     return f1(told, true), f1(told, true[1:] + true[:1])
 

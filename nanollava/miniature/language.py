@@ -162,12 +162,13 @@ def plural(shape: str) -> str:
 
 
 def ask_count(scene: Scene, rng: random.Random) -> Candidates:
-    """The answer names what is counted."""
+    """The answer says again what is counted, and names it."""
     for what, things in (("objects", scene.things), *groups(scene, rng)):
         number = NUMBERS[len(things)]
         named = f"{listing(scene, things, article)}, so {number}" if things else number
-        yield "How many {what} are there?", f"I see {named}.", {"what": what}, number
-        yield "How many {what} can you see in the picture?", f"I can see {named}.", {"what": what}, number
+        form, parts = f"Looking for {{what}}, I see {named}.", {"what": what}
+        yield "How many {what} are there?", form, parts, number
+        yield "How many {what} can you see in the picture?", form, parts, number
 
 
 def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
@@ -194,10 +195,15 @@ def existence(scene: Scene, attribute: str, value: str, shape: str) -> Candidate
     verdict = "yes" if any(attribute == "shape" or getattr(t, attribute) == value for t in alike) else "no"
     told = "size" if attribute == "size" else "colour"
     seen = join([article(f"{getattr(t, told)} {t.shape}") for t in scene.things])
-    what = {"colour": "{coloured}", "size": f"a {value} {{shape}}", "shape": "{any}"}[attribute]
+    asked, echoed = {
+        "colour": ("{coloured}", "{Coloured}"),
+        "size": (f"a {value} {{shape}}", f"A {value} {{shape}}"),
+        "shape": ("{any}", "{Any}"),
+    }[attribute]
     parts = {"shape": shape, "any": article(shape), "coloured": article(f"{value} {shape}")}
+    form = f"I see {seen}. {echoed}? {verdict.capitalize()}."
     for wording in ("Is there {}?", "Is there {} in the picture?", "Can you see {}?"):
-        yield wording.format(what), f"I see {seen}, so {verdict}.", parts, f"{attribute} {verdict}"
+        yield wording.format(asked), form, parts, f"{attribute} {verdict}"
 
 
 def direction(a: Thing, b: Thing) -> list[str]:
@@ -216,11 +222,11 @@ def ask_relation(scene: Scene, rng: random.Random) -> Candidates:
     """The answer compares the two places."""
     for a, b in permutations(scene.things, 2):
         parts = {"a": refer(scene, a, "cell", rng), "b": refer(scene, b, "cell", rng)}
-        seen = f"{{A}} is {PLACES[a.cell]} and {{b}} is {PLACES[b.cell]}, so"
+        seen = f"{{A}} is {PLACES[a.cell]} and {{b}} is {PLACES[b.cell]}"
         for way in direction(a, b):
-            yield "Is {a} {way} {b}?", f"{seen} yes.", parts | {"way": way}, "yes"
-            yield "Is {a} {way} {b}?", f"{seen} no.", parts | {"way": OPPOSITE[way]}, "no"
-            yield f"Is {{a}} {EITHER[way]} {{b}}?", f"{seen} it is {way.removesuffix(' of')}.", parts, way
+            yield "Is {a} {way} {b}?", f"{seen}. {{Way}} it? Yes.", parts | {"way": way}, "yes"
+            yield "Is {a} {way} {b}?", f"{seen}. {{Way}} it? No.", parts | {"way": OPPOSITE[way]}, "no"
+            yield f"Is {{a}} {EITHER[way]} {{b}}?", f"{seen}, so it is {way.removesuffix(' of')}.", parts, way
 
 
 def ask_neighbour(scene: Scene, rng: random.Random) -> Candidates:
@@ -243,9 +249,9 @@ def ask_remaining(scene: Scene, rng: random.Random) -> Candidates:
     """Take away, see what stays, count it."""
     for what, things in groups(scene, rng):
         stay = [t for t in scene.things if t not in things]
-        named = listing(scene, stay, the).capitalize() if stay else "Nothing"
+        named = listing(scene, stay, the) if stay else "nothing"
         number = NUMBERS[len(stay)]
-        form, parts = f"{named} would be left, so {number}.", {"what": what}
+        form, parts = f"Without the {{what}}, {named} would be left, so {number}.", {"what": what}
         yield "If the {what} were taken away, how many objects would be left?", form, parts, number
         yield "How many objects would be left without the {what}?", form, parts, number
 
@@ -258,13 +264,19 @@ CANDIDATES = {
 
 
 def caption(scene: Scene, rng: random.Random, places: bool = True) -> str:
-    """One sentence about everything, in any order, with or without places."""
-    return enumerate_things(rng.sample(scene.things, len(scene.things)), places)
+    """One sentence about everything, in any order, with or without places. Half of them name the shape first: who
+    only ever reads "a red star" learns to go from red to star, and not from star to red."""
+    return enumerate_things(rng.sample(scene.things, len(scene.things)), places, shape_first=rng.random() < 0.5)
 
 
-def enumerate_things(things: Sequence[Thing], places: bool = True) -> str:
-    """One sentence that names things in the order given."""
-    phrases = [article(t.name) + (f" {PLACES[t.cell]}" if places else "") for t in things]
+def enumerate_things(things: Sequence[Thing], places: bool = True, shape_first: bool = False) -> str:
+    """One sentence that names things in the order given: "A small red star at the top.", or, the shape first, "A star
+    at the top that is small and red.\""""
+    phrases = []
+    for thing in things:
+        place = f" {PLACES[thing.cell]}" if places else ""
+        first, last = (thing.shape, f" that is {thing.size} and {thing.colour}") if shape_first else (thing.name, "")
+        phrases.append(article(first) + place + last)
     return join(phrases).capitalize() + "."
 
 

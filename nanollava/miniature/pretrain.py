@@ -89,6 +89,7 @@ class Clip(nn.Module):
         self.text_projection = nn.Linear(width, width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         nn.init.normal_(self.vision.embeddings.position_embedding.weight, std=0.5)
+        nn.init.constant_(self.vision.pre_layrnorm.weight, 0.1)  # raw pixels: soon outweighed by the blocks
         for block in self.vision.layers:  # adding nothing yet: so a patch keeps to its own content, not its neighbours'
             for last in (block.self_attn.out_proj, block.mlp.fc2):
                 nn.init.zeros_(last.weight)
@@ -193,10 +194,10 @@ def language_config(tokenizer: Tokenizer) -> LlamaConfig:
 
 def initialise(model: Llava) -> None:
     """The language model's start: matrices that keep the size of what they are given (the usual 0.02 would be four
-    times too small at this width: attention stays flat, and looking things up is learnt much later), smaller where
-    they write to the stream; small embeddings."""
-    writers = (2 * len(model.language.layers)) ** -0.5
+    times too small at this width: attention stays flat, and looking things up is learnt much later), zeros where they
+    write to the stream, and large embeddings: every layer begins by seeing the words themselves."""
     for name, p in model.language.named_parameters():
-        if p.ndim == 2:
-            size = 0.02 if "embed" in name else p.shape[1] ** -0.5
-            nn.init.normal_(p, std=size * (writers if "o_proj" in name or "down_proj" in name else 1.0))
+        if "o_proj" in name or "down_proj" in name:
+            nn.init.zeros_(p)
+        elif p.ndim == 2:
+            nn.init.normal_(p, std=0.5 if "embed" in name else p.shape[1] ** -0.5)
