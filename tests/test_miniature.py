@@ -12,6 +12,7 @@ import torch
 
 from nanollava.conversation import messages_from_record
 from nanollava.evaluate import miniature as evaluation
+from nanollava.llama import Llama, LlamaConfig
 from nanollava.miniature import language, pretrain, scenes, teacher, world
 from nanollava.miniature.language import KINDS, NUMBERS
 from nanollava.miniature.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing, draw, random_scene
@@ -31,11 +32,25 @@ def some_scenes(count: int, split: str = "train") -> list[Scene]:
     return [random_scene(rng, split) for _ in range(count)]
 
 
+LONGEST_FIRST = "|".join(sorted(PLACES, key=len, reverse=True))  # "at the top left" is not "at the top"
+CAPTIONED = re.compile(
+    rf"\ban? (?:(\w+) (\w+) )?({'|'.join(SHAPES)})\b(?: ({LONGEST_FIRST}))?(?: that is (\w+) and (\w+))?"
+)
+
+
+def read_caption(text: str) -> list[tuple[str, str, str, str]]:
+    """(place or "", size, colour, shape) of every thing that one sentence names, in either manner."""
+    found = CAPTIONED.findall(text[0].lower() + text[1:])
+    return [(place, early or late, hue or late_hue, shape) for early, hue, shape, place, late, late_hue in found]
+
+
 def test_no_scene_belongs_to_two_splits_in_any_file(small_world):
     seen = {split: {i.scene for i in world.read_split(small_world, split)} for split in ("train", "val", "test")}
     for record in json.loads((small_world / "text.json").read_text()):
-        told = evaluation.parse_description(record["conversations"][0]["value"])
-        seen["train"].add(scenes.make_scene(told))
+        told, _, _ = record["conversations"][0]["value"].partition("\n")
+        things = [Thing(PLACES.index(place), *name) for part in told.split(". ") for place, *name in read_caption(part)]
+        assert things
+        seen["train"].add(scenes.make_scene(things))
     assert all(scene.split == split for split, found in seen.items() for scene in found)
     assert not seen["train"] & seen["test"] and not seen["train"] & seen["val"] and not seen["val"] & seen["test"]
 
@@ -86,7 +101,7 @@ def test_a_thing_whose_shape_is_enough_is_mostly_called_by_it():
 def test_things_that_look_alike_are_told_apart_and_places_that_mislead_are_not_used():
     twins = Scene((Thing(0, "large", "red", "star"), Thing(1, "small", "red", "star")))
     assert language.listing(twins, twins.things, language.article) == "a large red star and a small red star"
-    assert language.listing(SCENE, SCENE.things[:2], language.the) == "the red star and the red heart"
+    assert language.listing(SCENE, SCENE.things[:2], "the {}".format) == "the red star and the red heart"
     assert "the object at the top" not in language.references(twins, twins.things[1], "colour")
     assert "the object at the top left" in language.references(twins, twins.things[0], "colour")
     assert "the object at the bottom" in language.references(SCENE, SCENE.things[2], "colour")
@@ -240,24 +255,14 @@ def test_a_description_read_back_is_the_scene():
         assert names == [(t.size, t.colour, t.shape) for t in scene.things]
 
 
-LONGEST_FIRST = "|".join(sorted(PLACES, key=len, reverse=True))  # "at the top left" is not "at the top"
-CAPTIONED = re.compile(
-    rf"\ban? (?:(\w+) (\w+) )?({'|'.join(SHAPES)})\b(?: ({LONGEST_FIRST}))?(?: that is (\w+) and (\w+))?"
-)
-
-
 def test_a_caption_read_back_is_the_scene():
     rng, sorts = random.Random(13), Counter()
     for scene in some_scenes(200):
         for text in language.captions(scene, rng):
-            found = CAPTIONED.findall(text[0].lower() + text[1:])
-            told = [(size or late, colour or hue, shape) for size, colour, shape, _, late, hue in found]
-            assert sorted(told) == sorted((t.size, t.colour, t.shape) for t in scene.things)
-            places = [match[3] for match in found]
-            if any(places):
-                in_place = {(PLACES[t.cell], (t.size, t.colour, t.shape)) for t in scene.things}
-                assert set(zip(places, told, strict=True)) == in_place
-            sorts["that is" in text, any(places)] += 1
+            told, placed = read_caption(text), " at " in text or " on " in text or " in " in text
+            assert sorted(told) == sorted((PLACES[t.cell] * placed, t.size, t.colour, t.shape) for t in scene.things)
+            assert evaluation.attributes(text) == Counter(word for t in scene.things for word in t.name.split())
+            sorts["that is" in text, placed] += 1
     assert len(sorts) == 4 and min(sorts.values()) > 100  # the shape first or last, with places and without
 
 
@@ -304,3 +309,15 @@ def test_at_the_start_of_clip_a_patch_holds_nothing_of_its_neighbours():
     with torch.no_grad():
         same = (tower(pixels) == tower(other)).all(-1)[0]
     assert same.tolist() == [False] + 8 * [True]
+
+
+def test_at_the_start_every_layer_of_the_decoder_sees_the_words_themselves():
+    language_model = Llama(LlamaConfig(400, 64, 160, 3, 2))
+    pretrain.initialise(language_model)
+    ids = torch.arange(3, 43).view(2, 20)
+    with torch.no_grad():
+        words = language_model.embed_tokens(ids)
+        assert torch.equal(language_model.hidden(words), language_model.norm(words))
+    assert language_model.embed_tokens.weight.std().item() == pytest.approx(0.5, rel=0.05)
+    matrix = language_model.layers[2].mlp.up_proj.weight
+    assert matrix.norm().item() ** 2 == pytest.approx(len(matrix), rel=0.1)  # a row of norm 1 keeps sizes

@@ -1,5 +1,6 @@
 """What the README says is true: files, line counts, commands."""
 
+import random
 import re
 import shlex
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 import train
 from nanollava.checkpoint import load
-from nanollava.miniature import pretrain
+from nanollava.miniature import language, pretrain, recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,6 +42,7 @@ def test_every_flag_that_is_named_exists():
 
 
 def test_the_bundled_model_is_the_one_that_this_code_makes_and_says_what_is_printed():
+    assert f"--steps {recipe.RECIPES['full'].stage2_steps} " in README
     model = load(ROOT / "weights/miniature")
     assert model.config.vision == pretrain.VISION
     assert model.config.language == pretrain.language_config(model.tokenizer)
@@ -48,3 +50,13 @@ def test_the_bundled_model_is_the_one_that_this_code_makes_and_says_what_is_prin
     assert len(conversation) == 6
     for question, answer in conversation:
         assert model.answer(ROOT / "weights/miniature/sample.png", question) == answer
+        assert answer in right_answers(question), "a wrong answer is not for the README, nor one that is out of date"
+
+
+def right_answers(question: str) -> set[str]:
+    """What the teacher answers about sample.png."""
+    rng, scene = random.Random(0), recipe.SAMPLE
+    assert scene.split == "test"
+    asked = [language.ask(scene, kind, rng) for kind in language.KINDS for _ in range(500)]
+    asked += [language.describe(scene, rng) for _ in range(50)]
+    return {q.answer for q in asked if q.text == question}

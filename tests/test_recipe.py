@@ -121,13 +121,13 @@ def test_test_questions_are_spread_evenly_and_blind_images_show_another_scene(fi
 
 
 def test_guessing_answers_each_wording_with_its_most_frequent_form(tmp_path):
-    forms = ["{It} is large.", "{It} is small.", "{It} is small."]
+    forms = ["{it} is large.", "{it} is small.", "{it} is small."]
     records = [{"wordings": ["How big is {it}?"], "forms": [form]} for form in forms]
     (tmp_path / "instruct.json").write_text(json.dumps(records))
     image = Annotated(1, "x.png", [], Scene((Thing(0, "large", "red", "star"),)))
     star = {"it": "the star"}
-    known = evaluation.Item(image, image, Question("size", "How big is {it}?", "{It} is large.", star))
-    unknown = evaluation.Item(image, image, Question("size", "never seen", "{It} is large.", star))
+    known = evaluation.Item(image, image, Question("size", "How big is {it}?", "{it} is large.", star))
+    unknown = evaluation.Item(image, image, Question("size", "never seen", "{it} is large.", star))
     assert evaluation.guesses(tmp_path, [known, unknown]) == ["The star is small.", ""]
 
 

@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nanollava.conversation import encode
 from nanollava.generate import Sampling, generate
 from nanollava.images import open_image, preprocess
 from nanollava.llava import Llava
 from nanollava.miniature.language import KINDS, Question, ask, describe, fill
-from nanollava.miniature.scenes import COLOURS, PLACES, SHAPES, SIZES, Thing
+from nanollava.miniature.scenes import ATTRIBUTES, COLOURS, PLACES, SHAPES, SIZES, Thing
 from nanollava.miniature.world import Annotated, read_split
 from nanollava.train.data import read_list
 
 BATCH = 250  # questions generated at once
-ATTRIBUTES = (*SIZES, *COLOURS, *SHAPES)
 NOT_ALONE = ("relation", "neighbour")  # kinds that need more than one thing
 
 
@@ -77,7 +77,7 @@ def answers(model: Llava, world: Path, asked: Iterable[tuple[str, Annotated | No
     return texts
 
 
-def look(model: Llava, world: Path, image: Annotated):
+def look(model: Llava, world: Path, image: Annotated) -> Tensor:
     """(3, S, S) pixels of a picture of the world."""
     picture = open_image(world / "images" / image.name)
     return preprocess(picture, model.config.vision.image_size, model.config.image_aspect_ratio)
@@ -136,26 +136,31 @@ def describe_scores(items: list[Item], texts: list[str]) -> dict[str, float]:
 
 
 NAME = rf"\b({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b"
-PLACED = re.compile(rf"{NAME} ({'|'.join(PLACES)})(?=[.,]| and|$)")
+PLACED = re.compile(rf"{NAME} ({'|'.join(PLACES)})\.")
 
 
 def parse_description(text: str) -> list[Thing]:
-    """The things that a description or caption with places names, duplicates kept, in the order of the text."""
+    """The things of a detailed description with their places, duplicates kept, in the order of the text."""
     return [Thing(PLACES.index(place), *name) for *name, place in PLACED.findall(text)]
 
 
 def parse_names(text: str) -> list[tuple[str, str, str]]:
-    """(size, colour, shape) of every thing named in a caption, with or without a place."""
-    return re.findall(NAME, text.lower())
+    """(size, colour, shape) of every thing in a detailed description."""
+    return re.findall(NAME, text)
 
 
 def caption_f1(model: Llava, world: Path, count: int = 300) -> tuple[float, float]:
     """F1 of the attributes named in stage 1's captions against the scene, and against another image's scene."""
     images = read_split(world, "test")[:count]
     texts = answers(model, world, (("", image) for image in images), "plain")
-    told = [Counter(word for word in re.findall(r"\w+", text.lower()) if word in ATTRIBUTES) for text in texts]
+    told = [attributes(text) for text in texts]
     true = [Counter(word for t in i.scene.things for word in (t.size, t.colour, t.shape)) for i in images]
     return f1(told, true), f1(told, true[1:] + true[:1])
+
+
+def attributes(text: str) -> Counter:
+    """How often a caption names each size, colour and shape."""
+    return Counter(word for word in re.findall(r"\w+", text.lower()) if word in ATTRIBUTES)
 
 
 def f1(told: list[Counter], true: list[Counter]) -> float:

@@ -1,10 +1,12 @@
 """What can be said about a scene: captions, questions with their answers, descriptions.
 
 A question and a scene determine the answer word for word: things are named in reading order, and what is asked about
-is named as the question names it. Where several steps lead to an answer, it gives its evidence first ("..., so two").
+is named as the question names it. Where several steps lead to an answer, it first gives its evidence and says again
+what was asked ("I see a red star and a blue heart. A blue star? No."): a decoder has only what stands to the left.
 """
 
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,11 +25,11 @@ CONVERSATION = (*PERCEPTION, "look", "look", "look")
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its only right answer, each with the parts left out that vary with the reference chosen."""
+    """A question and its only right answer, as templates to be filled with ``parts``."""
 
     kind: str
     wording: str  # the question: "What colour is {it}?"
-    form: str  # the answer: "{It} is red." Guessing means: for each wording the form met most often
+    form: str  # the answer: "{it} is red." Guessing means: for each wording the form met most often
     parts: dict[str, str]  # {"it": "the small star"}
 
     @property
@@ -40,8 +42,8 @@ class Question:
 
 
 def fill(form: str, parts: dict[str, str]) -> str:
-    """An answer's form with its parts; {It} is the part "it" with a capital letter."""
-    return form.format(**parts, **{name.capitalize(): part.capitalize() for name, part in parts.items()})
+    """An answer's form with its parts, each sentence beginning with a capital letter."""
+    return re.sub(r"(^|[.?] )([a-z])", lambda start: start[1] + start[2].upper(), form.format(**parts))
 
 
 def article(noun: str) -> str:
@@ -91,10 +93,6 @@ def listing(scene: Scene, things: Sequence[Thing], determiner: Callable[[str], s
     return join([determiner(name) for name in names])
 
 
-def the(noun: str) -> str:
-    return f"the {noun}"
-
-
 Candidates = Iterator[tuple[str, str, dict[str, str], str]]  # wording, form, parts, what the answer comes down to
 
 
@@ -116,7 +114,7 @@ def ask_one_thing(attribute: str, wordings: tuple[str, ...], scene: Scene, rng: 
         value = PLACES[thing.cell] if attribute == "cell" else getattr(thing, attribute)
         told = article(value) if attribute == "shape" else value
         for wording in wordings:
-            yield wording, f"{{It}} is {told}.", parts, value
+            yield wording, f"{{it}} is {told}.", parts, value
 
 
 ask_colour = partial(
@@ -144,7 +142,7 @@ def ask_look(scene: Scene, rng: random.Random) -> Candidates:
         else:
             told = " ".join([article(" ".join([*adjectives, thing.shape])), *place])
         for wording in ("What does {it} look like?", "Tell me about {it}.", "Describe {it}."):
-            yield wording, f"{{It}} is {told}.", {"it": it}, str(thing.cell)
+            yield wording, f"{{it}} is {told}.", {"it": it}, str(thing.cell)
 
 
 def groups(scene: Scene, rng: random.Random) -> Iterator[tuple[str, list[Thing]]]:
@@ -166,9 +164,8 @@ def ask_count(scene: Scene, rng: random.Random) -> Candidates:
     for what, things in (("objects", scene.things), *groups(scene, rng)):
         number = NUMBERS[len(things)]
         named = f"{listing(scene, things, article)}, so {number}" if things else number
-        form, parts = f"Looking for {{what}}, I see {named}.", {"what": what}
-        yield "How many {what} are there?", form, parts, number
-        yield "How many {what} can you see in the picture?", form, parts, number
+        for wording in ("How many {what} are there?", "How many {what} can you see in the picture?"):
+            yield wording, f"Looking for {{what}}, I see {named}.", {"what": what}, number
 
 
 def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
@@ -184,7 +181,8 @@ def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
         near = [getattr(t, attribute) for t in scene.things if getattr(t, attribute) not in found]
         far = [value for value in values if value not in found]
         if far:  # a near miss, where there is one, as often as any other
-            yield from existence(scene, attribute, rng.choice(rng.choice([near or far, far])), thing.shape)
+            pool = near if near and rng.random() < 0.5 else far
+            yield from existence(scene, attribute, rng.choice(pool), thing.shape)
         yield from existence(scene, attribute, rng.choice(values), absent)
 
 
@@ -195,13 +193,9 @@ def existence(scene: Scene, attribute: str, value: str, shape: str) -> Candidate
     verdict = "yes" if any(attribute == "shape" or getattr(t, attribute) == value for t in alike) else "no"
     told = "size" if attribute == "size" else "colour"
     seen = join([article(f"{getattr(t, told)} {t.shape}") for t in scene.things])
-    asked, echoed = {
-        "colour": ("{coloured}", "{Coloured}"),
-        "size": (f"a {value} {{shape}}", f"A {value} {{shape}}"),
-        "shape": ("{any}", "{Any}"),
-    }[attribute]
+    asked = {"colour": "{coloured}", "size": f"a {value} {{shape}}", "shape": "{any}"}[attribute]
     parts = {"shape": shape, "any": article(shape), "coloured": article(f"{value} {shape}")}
-    form = f"I see {seen}. {echoed}? {verdict.capitalize()}."
+    form = f"I see {seen}. {asked}? {verdict}."
     for wording in ("Is there {}?", "Is there {} in the picture?", "Can you see {}?"):
         yield wording.format(asked), form, parts, f"{attribute} {verdict}"
 
@@ -222,10 +216,10 @@ def ask_relation(scene: Scene, rng: random.Random) -> Candidates:
     """The answer compares the two places."""
     for a, b in permutations(scene.things, 2):
         parts = {"a": refer(scene, a, "cell", rng), "b": refer(scene, b, "cell", rng)}
-        seen = f"{{A}} is {PLACES[a.cell]} and {{b}} is {PLACES[b.cell]}"
+        seen = f"{{a}} is {PLACES[a.cell]} and {{b}} is {PLACES[b.cell]}"
         for way in direction(a, b):
-            yield "Is {a} {way} {b}?", f"{seen}. {{Way}} it? Yes.", parts | {"way": way}, "yes"
-            yield "Is {a} {way} {b}?", f"{seen}. {{Way}} it? No.", parts | {"way": OPPOSITE[way]}, "no"
+            yield "Is {a} {way} {b}?", f"{seen}. {{way}} it? yes.", parts | {"way": way}, "yes"
+            yield "Is {a} {way} {b}?", f"{seen}. {{way}} it? no.", parts | {"way": OPPOSITE[way]}, "no"
             yield f"Is {{a}} {EITHER[way]} {{b}}?", f"{seen}, so it is {way.removesuffix(' of')}.", parts, way
 
 
@@ -236,7 +230,7 @@ def ask_neighbour(scene: Scene, rng: random.Random) -> Candidates:
         for way, a in ways:
             if [w for w, _ in ways].count(way) == 1:
                 parts = {"way": way, "b": refer(scene, b, "cell", rng)}
-                found = f"{{B}} is {PLACES[b.cell]} and {{way}} it is the"
+                found = f"{{b}} is {PLACES[b.cell]} and {{way}} it is the"
                 for wording, form, outcome in (
                     ("What colour is the object {way} {b}?", f"{a.size} {a.shape}, which is {a.colour}", a.colour),
                     ("What shape is the object {way} {b}?", f"{a.colour} object, which is a {a.shape}", a.shape),
@@ -249,8 +243,7 @@ def ask_remaining(scene: Scene, rng: random.Random) -> Candidates:
     """Take away, see what stays, count it."""
     for what, things in groups(scene, rng):
         stay = [t for t in scene.things if t not in things]
-        named = listing(scene, stay, the) if stay else "nothing"
-        number = NUMBERS[len(stay)]
+        named, number = listing(scene, stay, "the {}".format) if stay else "nothing", NUMBERS[len(stay)]
         form, parts = f"Without the {{what}}, {named} would be left, so {number}.", {"what": what}
         yield "If the {what} were taken away, how many objects would be left?", form, parts, number
         yield "How many objects would be left without the {what}?", form, parts, number
@@ -264,14 +257,14 @@ CANDIDATES = {
 
 
 def caption(scene: Scene, rng: random.Random, places: bool = True) -> str:
-    """One sentence about everything, in any order, with or without places. Half of them name the shape first: who
-    only ever reads "a red star" learns to go from red to star, and not from star to red."""
+    """One sentence about everything, in any order. Half of them name the shape first: whoever predicts each word from
+    those before it learns from "a red star" to find shapes by colours, but not colours by shapes."""
     return enumerate_things(rng.sample(scene.things, len(scene.things)), places, shape_first=rng.random() < 0.5)
 
 
 def enumerate_things(things: Sequence[Thing], places: bool = True, shape_first: bool = False) -> str:
-    """One sentence that names things in the order given: "A small red star at the top.", or, the shape first, "A star
-    at the top that is small and red.\""""
+    """One sentence that names things in the order given: "A small red star at the top.", or "A star at the top that is
+    small and red." if the shape comes first."""
     phrases = []
     for thing in things:
         place = f" {PLACES[thing.cell]}" if places else ""

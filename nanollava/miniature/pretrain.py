@@ -23,7 +23,7 @@ from nanollava.checkpoint import save_language, save_vision
 from nanollava.conversation import IGNORE, messages_from_record, render
 from nanollava.folder import last_good
 from nanollava.images import open_image, preprocess
-from nanollava.llama import LlamaConfig
+from nanollava.llama import Llama, LlamaConfig
 from nanollava.llava import Llava, LlavaConfig, pad
 from nanollava.miniature.world import FAMILY, Annotated, read_split
 from nanollava.tokenizer import Tokenizer, load_tokenizer
@@ -89,7 +89,8 @@ class Clip(nn.Module):
         self.text_projection = nn.Linear(width, width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         nn.init.normal_(self.vision.embeddings.position_embedding.weight, std=0.5)
-        nn.init.constant_(self.vision.pre_layrnorm.weight, 0.1)  # raw pixels: soon outweighed by the blocks
+        # the stream starts small: what the blocks learn to add soon outweighs the raw pixels
+        nn.init.constant_(self.vision.pre_layrnorm.weight, 0.1)
         for block in self.vision.layers:  # adding nothing yet: so a patch keeps to its own content, not its neighbours'
             for last in (block.self_attn.out_proj, block.mlp.fc2):
                 nn.init.zeros_(last.weight)
@@ -116,7 +117,7 @@ def pretrain_vision(world: Path, folder: Path, tokenizer: Tokenizer, steps: int,
     pixels = load_pixels(world, images)
     clip = Clip(VISION, tokenizer.vocab_size)
     optimizers = make_optimizers([(clip, lr)], "muon")
-    started, mean = time.perf_counter(), math.log(families * FAMILY)
+    started, mean = time.perf_counter(), math.log(families * FAMILY)  # first loss: guessing among all captions
     for step, numbers in enumerate(draw_families(images, steps, families)):
         rng = random.Random(step)
         captions = [tokenizer.encode(rng.choice(images[n].captions), bos=False) for n in numbers]
@@ -158,9 +159,10 @@ def pretrain_language(world: Path, folder: Path, tokenizer: Tokenizer, steps: in
     torch.manual_seed(0)
     config = LlavaConfig(VISION, language_config(tokenizer), max_length=256)
     model = Llava(config, tokenizer)
-    initialise(model)
+    initialise(model.language)
     records = read_list(world / "text.json")
     examples = [make_text(record, tokenizer, config) for record in records]
+    # records that begin with the same words share one copy of them; summaries begin without the chat template
     subjects = [(record["id"].split("-")[0], record["kind"] == "summary") for record in records]
     data = Dataset(group(examples, subjects), None, config)
     stage = LANGUAGE_STAGE
@@ -192,12 +194,15 @@ def language_config(tokenizer: Tokenizer) -> LlamaConfig:
     )  # fmt: skip
 
 
-def initialise(model: Llava) -> None:
+def initialise(language: Llama) -> None:
     """The language model's start: matrices that keep the size of what they are given (the usual 0.02 would be four
-    times too small at this width: attention stays flat, and looking things up is learnt much later), zeros where they
-    write to the stream, and large embeddings: every layer begins by seeing the words themselves."""
-    for name, p in model.language.named_parameters():
-        if "o_proj" in name or "down_proj" in name:
-            nn.init.zeros_(p)
-        elif p.ndim == 2:
-            nn.init.normal_(p, std=0.5 if "embed" in name else p.shape[1] ** -0.5)
+    times too small at this width: attention stays flat, and looking things up is learnt much later); zeros where they
+    write to the stream, so that every layer begins by seeing the words themselves; large embeddings, so that what the
+    layers add, and each step, changes them little."""
+    for p in language.parameters():
+        if p.ndim == 2:
+            nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    nn.init.normal_(language.embed_tokens.weight, std=0.5)
+    for block in language.layers:
+        for last in (block.self_attn.o_proj, block.mlp.down_proj):
+            nn.init.zeros_(last.weight)

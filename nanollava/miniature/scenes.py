@@ -19,6 +19,7 @@ COLOURS = {
     "blue": (45, 104, 226), "purple": (138, 68, 190), "pink": (244, 134, 196), "black": (48, 50, 58),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
+ATTRIBUTES = (*SIZES, *COLOURS, *SHAPES)
 PLACES = (
     "at the top left", "at the top", "at the top right",
     "on the left", "in the centre", "on the right",
