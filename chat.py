@@ -96,7 +96,7 @@ class Talk:
         model = load(args)
         self.chat = Chat(model, **sampling)
         self.chat.reset(self.image)
-        self.terminal = args.ask is None and sys.stdin.isatty()
+        self.terminal = args.ask is None and sys.stdin is not None and sys.stdin.isatty()
         size = sum(parameter.numel() for parameter in model.parameters())
         self.title = f"{os.path.relpath(args.folder)}: {size / 1e6:,.1f} million parameters on {model.device}"
         if self.chat.captioner:
@@ -115,7 +115,11 @@ class Talk:
         while True:
             try:
                 line = input("> " if self.terminal else "").strip()
-            except (EOFError, KeyboardInterrupt):
+            except (
+                EOFError,
+                KeyboardInterrupt,
+                RuntimeError,
+            ):  # the last: no standard input
                 self._note("")
                 return
             if line.lower() in ("/quit", "/exit"):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from nanollava.checkpoint import load, load_language, load_vision
+from nanollava.config import LARGEST
 from nanollava.error import Error, first_line, one_line
 from nanollava.folder import last_good
 from nanollava.llava import Llava, LlavaConfig
@@ -136,6 +137,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         (("seed",), "0 or more, and below 2^32", lambda x: 0 <= x < 2**32),
         (("lr", "projector_lr"), "below 1000", lambda x: x < 1000),
         (SHARES, "at least 0 and below 1", lambda x: 0 <= x < 1),
+        (("max_length", "steps", "epochs"), f"at most {LARGEST:,}", lambda x: x <= LARGEST),
     )
     for names, expected, good in rules:
         for name in names:
@@ -150,7 +152,7 @@ def check_device(name: str) -> None:
     """Raises Error where PyTorch cannot compute there."""
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise Error(f"--device {name}: not to be used here ({first_line(error)}); leave it out or say cpu") from error
 
 
@@ -189,6 +191,8 @@ def read_data(args: argparse.Namespace, model: Llava, stage: Stage) -> tuple[lis
         groups, val = hold_out(groups, args.val_fraction, args.seed)
     if not groups:
         raise Error(f"{args.data}: no record left to train on")
+    if args.val and not val:
+        raise Error(f"{args.val}: no record left to validate on")
     return groups, val
 
 

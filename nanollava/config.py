@@ -5,7 +5,6 @@ value that would change what the network computes, and is not implemented here, 
 """
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,9 +100,9 @@ def _value(config: dict, file: Path, name: str, kind: Any) -> Any:
     value, numbers = config[name], (int, float) if kind is float else (int,)
     if kind is bool and not isinstance(value, bool):
         raise Error(f'{file}: the field "{name}" is {value!r}, expected true or false')
-    if kind is not bool and (not isinstance(value, numbers) or isinstance(value, bool) or not 0 < value < math.inf):
+    if kind is not bool and (not isinstance(value, numbers) or isinstance(value, bool) or not 0 < value < 1e300):
         raise Error(f'{file}: the field "{name}" is {value!r}, expected a positive number')
-    if kind is int and value > LARGEST:
+    if kind not in (bool, float) and value > LARGEST:
         raise Error(f'{file}: the field "{name}" is {value!r}, more than any model has ({LARGEST:,}); is it damaged?')
     return value
 

@@ -130,7 +130,7 @@ def _open(path: str | Path) -> Image.Image:
         raise Error(_too_large(path, "more than Pillow's limit of")) from error
     except Image.UnidentifiedImageError as error:
         raise Error(f"{path}: not an image that Pillow can read; convert it to JPEG or PNG") from error
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # RuntimeError: damaged AVIF and DDS files
         raise Error(f"{path}: the image cannot be read ({first_line(error)})") from error
     if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
         image.close()

@@ -225,3 +225,12 @@ def test_a_wide_picture_is_read_in_silence(tmp_path):
     program = f"from nanollava.images import check_image; print(check_image({str(path)!r}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("(20000, 5000)\n", "")
+
+
+def test_a_header_that_pillow_does_not_implement_is_refused(tmp_path):
+    file = tmp_path / "flags.dds"
+    Image.new("RGB", (8, 8)).save(file)
+    content = bytearray(file.read_bytes())
+    content[80:84] = b"\1\0\0\0"  # pixel format flags that mean nothing: Pillow raises NotImplementedError
+    file.write_bytes(content)
+    refused(file, "cannot be read", by_header=True)

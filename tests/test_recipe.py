@@ -101,6 +101,14 @@ def test_folders_that_cannot_be_written_are_said_at_once(tmp_path, capsys):
         assert printed.err.startswith(f"error: {tmp_path / name}") and printed.out == ""
 
 
+@pytest.mark.parametrize("bundle", ["out", "out/clip", "."])
+def test_the_weights_to_give_away_lie_apart_from_the_run(bundle, tmp_path, capsys):
+    words = ["miniature", "--recipe", "smoke", "--out", tmp_path / "out", "--bundle", tmp_path / bundle]
+    assert train.main([*map(str, words)]) == 2
+    assert "choose folders apart" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_clock_counts_what_was_interrupted(tmp_path):
     with pytest.raises(KeyboardInterrupt), Clock(tmp_path / "times.json").step("stage 2", "title"):
         raise KeyboardInterrupt

@@ -682,6 +682,8 @@ WRONG = [
     *((name, -1) for name in ("--rows-at-once", "--save-every", "--val-every", "--weight-decay", "--seed")),
     *((name, value) for name in ("--val-fraction", "--warmup") for value in (-0.1, 1, "nan")),
     ("--seed", 2**32),
+    ("--max-length", 2**24 + 1),
+    ("--epochs", 1e308),
     ("--lr", 5000),
     ("--parallel", 0),
 ]
@@ -691,6 +693,12 @@ WRONG = [
 def test_numbers_that_make_no_sense_are_named_before_anything_is_read(name, value, trainer, tmp_path, capsys):
     status = trainer.stage(2, tmp_path / "no.json", tmp_path / "out", f"{name}={value}")
     assert re.search(rf"{name} is {value}(\.0)?: it must be ", refused(capsys, status))
+
+
+def test_when_all_records_to_validate_on_are_bad_it_is_said(trainer, write, shelf, aligned, tmp_path, capsys):
+    val = write([record("x", "nowhere.png", "<image>?", "No.")], "val.json")
+    words = ("--images", shelf, "--model", aligned, "--val", val, "--steps", 1, "--skip-bad")
+    assert "no record left" in refused(capsys, trainer.stage(2, write(GOOD), tmp_path / "out", *words), str(val))
 
 
 def test_two_kinds_of_validation_are_one_too_many(trainer, captions, tmp_path, capsys):

@@ -63,6 +63,9 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
     if bundle:  # now, not after an hour of training
         check_writable(bundle)
         check_replaceable(bundle)
+        inner, outer = sorted((bundle.resolve(), out.resolve()), key=lambda path: -len(path.parts))
+        if inner.is_relative_to(outer):
+            raise Error(f"--bundle {bundle} and --out {out}: one lies in the other; choose folders apart")
     keep_to(recipe, out)
     clock = Clock(out / "times.json")
     if not (drawn / "done").exists():
@@ -101,10 +104,14 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
 def keep_to(recipe: Recipe, out: Path) -> None:
     """Raises Error where another recipe was begun in this folder: its finished steps would be taken for this one's."""
     file, words = out / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n"
-    if (file.exists() and file.read_text() != words) or (not file.exists() and (out / "world").exists()):
+    if file.exists() and file.read_bytes() == words.encode():
+        return
+    if file.exists() or (out / "world").exists():
         raise Error(f"{out} holds a run with other numbers (recipe.json there); choose another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(words)
+    new = file.with_suffix(".new")
+    new.write_text(words)
+    new.replace(file)
 
 
 def python() -> str:

@@ -94,9 +94,10 @@ class Run:
                 block.compile(dynamic=True)
         with share_cores(self.parallel) as self.pool, deferred_interrupt() as interrupted:
             self.loop(interrupted)
-        if not self.targets:
-            raise Error("nothing was learnt: no record that could be read has an answer within --max-length; see above")
-        self.save(final=True)
+            if not self.targets:
+                what = "no record that could be read has an answer within --max-length; see above"
+                raise Error(f"nothing was learnt: {what}")
+            self.save(final=True)
         for damage in filter(None, (data.damage() for data in (self.data, self.val) if data)):
             print(damage, flush=True)
 
@@ -244,7 +245,7 @@ def read_state(file: Path) -> dict:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         return {"optimizers": [], "step": 0, **state}
-    except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
         raise Error(f"{file}: damaged ({first_line(error)}); choose another --out and start again") from error
 
 
