@@ -683,7 +683,7 @@ WRONG = [
     *((name, value) for name in ("--val-fraction", "--warmup") for value in (-0.1, 1, "nan")),
     ("--seed", 2**32),
     ("--max-length", 2**24 + 1),
-    ("--epochs", 1e308),
+    ("--epochs", 2**24 + 1),
     ("--lr", 5000),
     ("--parallel", 0),
 ]
