@@ -115,11 +115,7 @@ class Talk:
         while True:
             try:
                 line = input("> " if self.terminal else "").strip()
-            except (
-                EOFError,
-                KeyboardInterrupt,
-                RuntimeError,
-            ):  # the last: no standard input
+            except (EOFError, KeyboardInterrupt, RuntimeError):  # the last: there is no input at all
                 self._note("")
                 return
             if line.lower() in ("/quit", "/exit"):

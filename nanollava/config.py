@@ -100,6 +100,7 @@ def _value(config: dict, file: Path, name: str, kind: Any) -> Any:
     value, numbers = config[name], (int, float) if kind is float else (int,)
     if kind is bool and not isinstance(value, bool):
         raise Error(f'{file}: the field "{name}" is {value!r}, expected true or false')
+    # 1e300 and not infinity: a longer whole number fits no float
     if kind is not bool and (not isinstance(value, numbers) or isinstance(value, bool) or not 0 < value < 1e300):
         raise Error(f'{file}: the field "{name}" is {value!r}, expected a positive number')
     if kind not in (bool, float) and value > LARGEST:

@@ -256,7 +256,7 @@ CANDIDATES = {
 }  # fmt: skip
 
 
-def caption(scene: Scene, rng: random.Random, places: bool = True) -> str:
+def caption(scene: Scene, rng: random.Random, places: bool) -> str:
     """One sentence about everything, in any order. Half of them name the shape first: whoever predicts each word from
     those before it learns from "a red star" to find shapes by colours, but not colours by shapes."""
     return enumerate_things(rng.sample(scene.things, len(scene.things)), places, shape_first=rng.random() < 0.5)

@@ -59,12 +59,9 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
     """Do what is missing in ``out``; leave small weights to give away in ``bundle``. Stages run through ``command``, so
     that what happens here is what anyone can type."""
     drawn, clip, vicuna, stage1, stage2 = (out / name for name in ("world", "clip", "vicuna", "stage1", "stage2"))
-    if bundle and (bundle.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(bundle.resolve())):
-        raise Error(f"--bundle {bundle} and --out {out}: one lies in the other; choose folders apart")
-    check_writable(drawn)
     if bundle:  # now, not after an hour of training
-        check_writable(bundle)
-        check_replaceable(bundle)
+        check_bundle(bundle, out)
+    check_writable(drawn)
     keep_to(recipe, out)
     clock = Clock(out / "times.json")
     if not (drawn / "done").exists():
@@ -98,6 +95,15 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
         millions = sum(p.numel() for p in load(bundle).parameters()) / 1e6
         readme = BUNDLE_README.format(**facts, millions=millions, text=text)
         (bundle / "README.md").write_text(readme)
+
+
+def check_bundle(bundle: Path, out: Path) -> None:
+    """Raises Error where the weights to give away cannot be written, or would replace a part of the run."""
+    inner, outer = sorted((bundle.resolve(), out.resolve()), key=lambda folder: -len(folder.parts))
+    if inner.is_relative_to(outer):
+        raise Error(f"--bundle {bundle} and --out {out}: one lies in the other; choose folders apart")
+    check_writable(bundle)
+    check_replaceable(bundle)
 
 
 def keep_to(recipe: Recipe, out: Path) -> None:

@@ -128,7 +128,7 @@ def records_for(scene: Scene, count: int) -> int:
 
 
 def brief(image: Annotated) -> list[dict]:
-    """Stage 1's record: one of the captions."""
+    """Stage 1's record, about one of the captions: some say where things are, some do not."""
     rng = random.Random(f"brief {image.id}")
     return [caption_record(image.id, image.name, rng.choice(image.captions), rng)]
 
