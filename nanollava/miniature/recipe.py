@@ -81,7 +81,7 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
         run_stage(command, stage2, [
             "stage2", "--model", stage1, "--data", drawn / "instruct.json", "--val", drawn / "instruct_val.json",
             "--share-images", "--batch-size", 8, "--steps", recipe.stage2_steps, "--val-every", 500,
-            "--optimizer", "muon", "--lr", "2e-3", "--parallel", min(4, torch.get_num_threads()), *shared,
+            "--optimizer", "muon", "--lr", "3e-3", "--parallel", min(4, torch.get_num_threads()), *shared,
         ])  # fmt: skip
     with clock.step("evaluation", "Evaluation: answers generated about scenes never seen"):
         if bundle:

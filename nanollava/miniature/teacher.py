@@ -65,7 +65,7 @@ def text_records(scene_id: int, scene: Scene, rng: random.Random, count: int) ->
     kinds = rng.choices([*PROPORTIONS, "summary"], [*PROPORTIONS.values(), 40], k=count)
     records = []
     for number, kind in enumerate(kinds):
-        summary = Question(kind, "", caption(scene, rng, places=rng.random() < 0.5), {})
+        summary = Question(kind, "", caption(scene, rng), {})
         turns = [summary] if kind == "summary" else questions(scene, kind, rng)
         first = f"{told}\n{turns[0].text}".rstrip()
         records.append(record(f"{scene_id:012d}-{number}", turns, first) | {"kind": kind})
