@@ -34,12 +34,12 @@ def some_scenes(count: int, split: str = "train") -> list[Scene]:
 
 LONGEST_FIRST = "|".join(sorted(PLACES, key=len, reverse=True))  # "at the top left" is not "at the top"
 CAPTIONED = re.compile(
-    rf"\ban? (?:(\w+) (\w+) )?({'|'.join(SHAPES)})\b ({LONGEST_FIRST})(?: that is (\w+) and (\w+))?"
+    rf"\ban? (?:(\w+) (\w+) )?({'|'.join(SHAPES)})\b(?: ({LONGEST_FIRST}))?(?: that is (\w+) and (\w+))?"
 )
 
 
 def read_caption(text: str) -> list[tuple[str, str, str, str]]:
-    """(place, size, colour, shape) of every thing that one sentence names, in either manner."""
+    """(place or "", size, colour, shape) of every thing that one sentence names, in either manner."""
     found = CAPTIONED.findall(text[0].lower() + text[1:])
     return [(place, early or late, hue or late_hue, shape) for early, hue, shape, place, late, late_hue in found]
 

@@ -18,9 +18,9 @@ NUMBERS = ("none", "one", "two", "three")
 PERCEPTION = ("colour", "shape", "size", "count", "existence", "place", "relation")
 REASONING = ("neighbour", "remaining")
 KINDS = PERCEPTION + REASONING
-# "Tell me about the star." makes the model look up three things by one name, which is what it learns last: so it is
-# taught three times as often as the others. It is no kind of the test.
-CONVERSATION = (*PERCEPTION, "look", "look", "look")
+# Where things are is what a model learns last, so it is asked for twice as often. "Tell me about the star." ("look"), three
+# things to look up by one name, is no kind of the test.
+CONVERSATION = (*PERCEPTION, "place", "relation", "look")
 
 
 @dataclass(frozen=True)
@@ -256,26 +256,27 @@ CANDIDATES = {
 }  # fmt: skip
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
+def caption(scene: Scene, rng: random.Random, places: bool) -> str:
     """One sentence about everything, in any order. Half of them name the shape first: whoever predicts each word from
     those before it learns from "a red star" to find shapes by colours, but not colours by shapes."""
-    return enumerate_things(rng.sample(scene.things, len(scene.things)), shape_first=rng.random() < 0.5)
+    return enumerate_things(rng.sample(scene.things, len(scene.things)), places, shape_first=rng.random() < 0.5)
 
 
-def enumerate_things(things: Sequence[Thing], shape_first: bool) -> str:
+def enumerate_things(things: Sequence[Thing], places: bool, shape_first: bool) -> str:
     """One sentence that names things in the order given: "A small red star at the top.", or "A star at the top that is
     small and red." if the shape comes first."""
     phrases = []
     for thing in things:
+        place = f" {PLACES[thing.cell]}" if places else ""
         first, last = (thing.shape, f" that is {thing.size} and {thing.colour}") if shape_first else (thing.name, "")
-        phrases.append(f"{article(first)} {PLACES[thing.cell]}{last}")
+        phrases.append(article(first) + place + last)
     return join(phrases).capitalize() + "."
 
 
 def captions(scene: Scene, rng: random.Random) -> list[str]:
     """Five captions, as COCO has them. All say where things are: one that did not would fit near misses as well, and
     CLIP would learn that places hardly matter."""
-    return [caption(scene, rng) for _ in range(5)]
+    return [caption(scene, rng, places=True) for _ in range(5)]
 
 
 OPENINGS = {

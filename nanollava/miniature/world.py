@@ -128,9 +128,7 @@ def records_for(scene: Scene, count: int) -> int:
 
 
 def brief(image: Annotated) -> list[dict]:
-    """Stage 1's record, about one of the captions."""
-    rng = random.Random(f"brief {image.id}")
-    return [caption_record(image.id, image.name, rng.choice(image.captions), rng)]
+    return [caption_record(image.id, image.name, image.scene, random.Random(f"brief {image.id}"))]
 
 
 def conversations(count: int, number: int) -> list[dict]:
