@@ -6,13 +6,13 @@ After `</s>` the word "USER" is therefore two pieces (space-US, ER) in the first
 a model must be given what it was trained on.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
 from nanollava.error import Error
+from nanollava.folder import read_json
 
 IMAGE_TOKEN = "<image>"  # what a user writes where an image belongs
 IMAGE_TOKEN_ID = -200  # what stands there among the token ids; no row of the embedding has this number
@@ -79,13 +79,9 @@ def _legacy_flag(file: Path) -> bool:
     """The field `legacy` of a tokenizer_config.json; True where the file or the field is absent or null."""
     if not file.exists():
         return True
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise Error(f"{file}: cannot be read as JSON ({error}); download it again, or delete it") from error
-    legacy = config.get("legacy") if isinstance(config, dict) else config
+    legacy = read_json(file).get("legacy")
     if legacy is not None and not isinstance(legacy, bool):
-        raise Error(f"{file}: expected an object whose field legacy is true or false")
+        raise Error(f"{file}: its field legacy is {legacy!r}; expected true or false")
     return legacy is not False
 
 

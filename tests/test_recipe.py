@@ -2,7 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -60,6 +64,20 @@ def test_ctrl_c_in_a_stage_is_answered_once_and_the_same_command_goes_on(finishe
         assert train.main(words) == 130
     assert capsys.readouterr().err.strip() == "interrupted: go on with the same command"
     assert train.main(words) == 0
+
+
+def test_ctrl_c_while_the_world_is_drawn_is_answered_once(tmp_path):
+    """The terminal sends it to the processes that draw as well."""
+    process = subprocess.Popen(
+        [sys.executable, train.__file__, "miniature", "--out", str(tmp_path / "run")], stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # or deaf to it, if these tests are
+    )  # fmt: skip
+    while process.poll() is None and not any((tmp_path / "run").glob("world/images/train/*.png")):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1].strip() == "interrupted: go on with the same command"
+    assert process.returncode == 130
 
 
 def test_an_error_in_a_stage_is_one_line(finished, monkeypatch, capsys):

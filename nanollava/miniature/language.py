@@ -18,8 +18,8 @@ NUMBERS = ("none", "one", "two", "three")
 PERCEPTION = ("colour", "shape", "size", "count", "existence", "place", "relation")
 REASONING = ("neighbour", "remaining")
 KINDS = PERCEPTION + REASONING
-# Where things are is what a model learns last, so it is asked for twice as often. "Tell me about the star." ("look"), three
-# things to look up by one name, is no kind of the test.
+# Where things are is what a model learns last, so it is asked for twice as often. "Tell me about the star." ("look"),
+# three things to look up by one name, is no kind of the test.
 CONVERSATION = (*PERCEPTION, "place", "relation", "look")
 
 

@@ -35,15 +35,15 @@ class Recipe:
     size: world.WorldSize
     clip_steps: int
     language_steps: int
-    stage1_steps: int
     stage2_steps: int
+    stage1_steps: int = 250
     per_kind: int = 300  # test questions of each kind
 
 
 RECIPES = {  # demo: make demo; full: the bundled weights; smoke: the tests, a minute in which nothing is learnt
-    "demo": Recipe(world.WorldSize(21_600), clip_steps=600, language_steps=900, stage1_steps=250, stage2_steps=2700),
-    "full": Recipe(world.WorldSize(43_200), clip_steps=1300, language_steps=1400, stage1_steps=250, stage2_steps=10_000),
-    "smoke": Recipe(world.WorldSize(80, 12, 60, 40), 4, 4, 3, 4, per_kind=12),
+    "demo": Recipe(world.WorldSize(21_600), clip_steps=600, language_steps=900, stage2_steps=2700),
+    "full": Recipe(world.WorldSize(43_200), clip_steps=1300, language_steps=1400, stage2_steps=10_000),
+    "smoke": Recipe(world.WorldSize(80, 12, 60, 40), 4, 4, 4, stage1_steps=3, per_kind=12),
 }
 SAMPLE = Scene(
     (Thing(0, "large", "yellow", "star"), Thing(1, "small", "red", "heart"), Thing(3, "large", "blue", "circle"))

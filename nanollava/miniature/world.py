@@ -9,12 +9,14 @@ WORLD/instruct.json, WORLD/instruct_val.json    the three kinds of instruction: 
 
 import json
 import random
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from nanollava.folder import read_json
 from nanollava.miniature.language import captions
 from nanollava.miniature.scenes import COLOURS, PIXELS, SHAPES, SIZES, Scene, draw, near_misses, random_scene
 from nanollava.miniature.teacher import caption_record, instruction_records, scene_from_boxes, text_records
@@ -64,7 +66,7 @@ def write_split(folder: Path, split: str, scenes: list[Scene], first: int, rng: 
     """Pictures, captions and boxes of one split; image ids count from ``first``."""
     (folder / "images" / split).mkdir(parents=True, exist_ok=True)
     names = [f"{split}/{first + i:012d}.png" for i in range(len(scenes))]
-    with ProcessPoolExecutor() as pool:
+    with workers() as pool:
         files = [folder / "images" / name for name in names]
         boxes = list(pool.map(draw_to, scenes, files, range(first, first + len(scenes)), chunksize=256))
     images, told, instances = [], [], []
@@ -101,8 +103,8 @@ class Annotated:
 
 def read_split(folder: Path, split: str) -> list[Annotated]:
     """The images of a split with their captions, and the scene as its boxes tell it."""
-    told = json.loads((folder / "annotations" / f"captions_{split}.json").read_text())
-    boxed = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+    told = read_json(folder / "annotations" / f"captions_{split}.json")
+    boxed = read_json(folder / "annotations" / f"instances_{split}.json")
     kinds = {kind["id"]: kind["name"] for kind in boxed["categories"]}
     texts: dict[int, list[str]] = {}
     instances: dict[int, list[dict]] = {}
@@ -139,8 +141,13 @@ def conversations(count: int, number: int) -> list[dict]:
 
 def write_records(file: Path, subjects: Sequence, make: Callable[..., list[dict]]) -> None:
     """The records that ``make`` makes of each subject, in order, as one official file."""
-    with ProcessPoolExecutor() as pool:
+    with workers() as pool:
         write_json(file, [record for records in pool.map(make, subjects, chunksize=256) for record in records])
+
+
+def workers() -> ProcessPoolExecutor:
+    """A process for each core. Ctrl-C is for their parent to answer."""
+    return ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
 
 
 def write_json(file: Path, content: object) -> None:
