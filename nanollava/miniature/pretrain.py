@@ -28,7 +28,7 @@ from nanollava.llava import Llava, LlavaConfig, pad
 from nanollava.miniature.world import FAMILY, Annotated, read_split
 from nanollava.tokenizer import Tokenizer, load_tokenizer
 from nanollava.train.data import Dataset, Example, group, make_example, read_list
-from nanollava.train.loop import Options, train
+from nanollava.train.loop import Options, minutes, train
 from nanollava.train.machine import keep_freed_memory
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
 from nanollava.train.stages import Stage
@@ -131,7 +131,7 @@ def pretrain_vision(world: Path, folder: Path, tokenizer: Tokenizer, steps: int,
         mean += 0.05 * (loss.item() - mean)
         if step == 0 or (step + 1) % 50 == 0:
             left = (time.perf_counter() - started) / (step + 1) * (steps - step - 1)
-            print(f"CLIP {step + 1:>5}/{steps}  loss {mean:.4f}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+            print(f"CLIP {step + 1:>5}/{steps}  loss {mean:.4f}  {minutes(left)} left", flush=True)
     save_vision(clip.vision, folder)
 
 

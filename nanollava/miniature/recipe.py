@@ -23,6 +23,7 @@ from nanollava.folder import atomic_folder, check_replaceable, check_writable, l
 from nanollava.miniature import pretrain, world
 from nanollava.miniature.scenes import Scene, Thing, draw, random_scene
 from nanollava.tokenizer import load_tokenizer
+from nanollava.train.loop import minutes
 from nanollava.train.machine import in_processes, processor
 
 Command = Callable[[list[str]], None]  # does a train.py command as typed; raises what goes wrong
@@ -161,10 +162,6 @@ class Clock:
     def summary(self) -> str:
         steps = ", ".join(f"{name} {minutes(seconds)}" for name, seconds in self.seconds.items())
         return f"Minutes: {steps}; together {minutes(sum(self.seconds.values()))}."
-
-
-def minutes(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 def run_stage(command: Command, folder: Path, words: list) -> None:

@@ -194,7 +194,7 @@ class Run:
             print(
                 f"{self.stage.name} {self.step:>5}/{self.options.steps}  loss {entry['loss']:.4f}{val}  "
                 f"{entry['tokens_per_s']:,} tokens/s  waiting for data {100 * self.waited / elapsed:.0f}%  "
-                f"{peak_memory(self.on_cuda):.1f} GB  {int(left // 60)}:{int(left % 60):02d} left",
+                f"{peak_memory(self.on_cuda):.1f} GB  {minutes(left)} left",
                 flush=True,
             )
 
@@ -262,6 +262,11 @@ def draw(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[lis
         while len(numbers) >= batch_size:
             yield numbers[:batch_size]
             numbers = numbers[batch_size:]
+
+
+def minutes(seconds: float) -> str:
+    """As people read it: 2:05."""
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 def differences(old: object, new: object) -> str:
