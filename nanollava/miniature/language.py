@@ -18,9 +18,9 @@ NUMBERS = ("none", "one", "two", "three")
 PERCEPTION = ("colour", "shape", "size", "count", "existence", "place", "relation")
 REASONING = ("neighbour", "remaining")
 KINDS = PERCEPTION + REASONING
-# Where things are is what a model learns last, so it is asked for twice as often. "Tell me about the star." ("look"),
-# three things to look up by one name, is no kind of the test.
-CONVERSATION = (*PERCEPTION, "place", "relation", "look")
+# "Tell me about the star." makes the model look up three things by one name, which is what it learns last: so it is
+# taught three times as often as the others. It is no kind of the test.
+CONVERSATION = (*PERCEPTION, "look", "look", "look")
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,8 @@ def ask_relation(scene: Scene, rng: random.Random) -> Candidates:
         parts = {"a": refer(scene, a, "cell", rng), "b": refer(scene, b, "cell", rng)}
         seen = f"{{a}} is {PLACES[a.cell]} and {{b}} is {PLACES[b.cell]}"
         for way in direction(a, b):
-            yield "Is {a} {way} {b}?", f"{seen}. {{way}} {{b}}? yes.", parts | {"way": way}, "yes"
-            yield "Is {a} {way} {b}?", f"{seen}. {{way}} {{b}}? no.", parts | {"way": OPPOSITE[way]}, "no"
+            yield "Is {a} {way} {b}?", f"{seen}. {{way}} it? yes.", parts | {"way": way}, "yes"
+            yield "Is {a} {way} {b}?", f"{seen}. {{way}} it? no.", parts | {"way": OPPOSITE[way]}, "no"
             yield f"Is {{a}} {EITHER[way]} {{b}}?", f"{seen}, so it is {way.removesuffix(' of')}.", parts, way
 
 
@@ -262,7 +262,7 @@ def caption(scene: Scene, rng: random.Random, places: bool) -> str:
     return enumerate_things(rng.sample(scene.things, len(scene.things)), places, shape_first=rng.random() < 0.5)
 
 
-def enumerate_things(things: Sequence[Thing], places: bool, shape_first: bool) -> str:
+def enumerate_things(things: Sequence[Thing], places: bool = True, shape_first: bool = False) -> str:
     """One sentence that names things in the order given: "A small red star at the top.", or "A star at the top that is
     small and red." if the shape comes first."""
     phrases = []
@@ -274,9 +274,8 @@ def enumerate_things(things: Sequence[Thing], places: bool, shape_first: bool) -
 
 
 def captions(scene: Scene, rng: random.Random) -> list[str]:
-    """Five captions, as COCO has them. All say where things are: one that did not would fit near misses as well, and
-    CLIP would learn that places hardly matter."""
-    return [caption(scene, rng, places=True) for _ in range(5)]
+    """Five captions, as COCO has them: three that say where things are, two that do not."""
+    return [caption(scene, rng, places=i < 3) for i in range(5)]
 
 
 OPENINGS = {

@@ -60,7 +60,7 @@ def instruction_records(image_id: int, image: str, scene: Scene, rng: random.Ran
 def text_records(scene_id: int, scene: Scene, rng: random.Random, count: int) -> list[dict]:
     """``count`` records without an image: the scene is told in words, then asked about, or, once in five, summed up.
     They are what the miniature's language model learns before it has ever seen anything."""
-    in_order = enumerate_things(scene.things, places=True, shape_first=rng.random() < 0.5)
+    in_order = enumerate_things(scene.things, shape_first=rng.random() < 0.5)
     told = describe(scene, rng).answer if rng.random() < 0.5 else in_order
     kinds = rng.choices([*PROPORTIONS, "summary"], [*PROPORTIONS.values(), 40], k=count)
     records = []
@@ -72,11 +72,9 @@ def text_records(scene_id: int, scene: Scene, rng: random.Random, count: int) ->
     return records
 
 
-def caption_record(image_id: int, image: str, scene: Scene, rng: random.Random) -> dict:
-    """A stage 1 record: a brief question and a caption. Half of them say where things are; the others practise the bare
-    lists of which many answers consist."""
-    told = caption(scene, rng, places=rng.random() < 0.5)
-    conversations = [{"from": "human", "value": f"{rng.choice(BRIEF)}\n<image>"}, {"from": "gpt", "value": told}]
+def caption_record(image_id: int, image: str, text: str, rng: random.Random) -> dict:
+    """A stage 1 record: a brief question and one of the image's captions."""
+    conversations = [{"from": "human", "value": f"{rng.choice(BRIEF)}\n<image>"}, {"from": "gpt", "value": text}]
     return {"id": f"{image_id:012d}", "image": image, "conversations": conversations}
 
 
