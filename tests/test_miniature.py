@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from collections import Counter, defaultdict
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from nanollava.conversation import messages_from_record
+from nanollava.error import Error
 from nanollava.evaluate import miniature as evaluation
 from nanollava.llama import Llama, LlamaConfig
 from nanollava.miniature import language, pretrain, scenes, teacher, world
@@ -53,6 +55,18 @@ def test_no_scene_belongs_to_two_splits_in_any_file(small_world):
         seen["train"].add(scenes.make_scene(things))
     assert all(scene.split == split for split, found in seen.items() for scene in found)
     assert not seen["train"] & seen["test"] and not seen["train"] & seen["val"] and not seen["val"] & seen["test"]
+
+
+def test_a_damaged_file_of_the_world_is_named(small_world, tmp_path):
+    shutil.copytree(small_world / "annotations", tmp_path / "annotations")
+    for name in ("captions_val.json", "instances_val.json"):
+        file = tmp_path / "annotations" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:1000])
+        with pytest.raises(Error, match=rf"{name}: cannot be read as JSON"):
+            world.read_split(tmp_path, "val")
+        file.write_bytes(whole)
+    assert len(world.read_split(tmp_path, "val")) == len(world.read_split(small_world, "val"))
 
 
 def test_boxes_alone_give_back_the_scene_that_was_drawn():

@@ -36,15 +36,15 @@ class Recipe:
     size: world.WorldSize
     clip_steps: int
     language_steps: int
+    stage1_steps: int
     stage2_steps: int
-    stage1_steps: int = 250
     per_kind: int = 300  # test questions of each kind
 
 
 RECIPES = {  # demo: make demo; full: the bundled weights; smoke: the tests, a minute in which nothing is learnt
-    "demo": Recipe(world.WorldSize(21_600), clip_steps=600, language_steps=700, stage2_steps=2600),
-    "full": Recipe(world.WorldSize(43_200), clip_steps=1200, language_steps=1200, stage2_steps=8000),
-    "smoke": Recipe(world.WorldSize(80, 12, 60, 40), 4, 4, 4, stage1_steps=3, per_kind=12),
+    "demo": Recipe(world.WorldSize(21_600), clip_steps=600, language_steps=700, stage1_steps=250, stage2_steps=2600),
+    "full": Recipe(world.WorldSize(43_200), clip_steps=1200, language_steps=1200, stage1_steps=250, stage2_steps=8000),
+    "smoke": Recipe(world.WorldSize(80, 12, 60, 40), 4, 4, 3, 4, per_kind=12),
 }
 SAMPLE = Scene(
     (Thing(0, "large", "yellow", "star"), Thing(1, "small", "red", "heart"), Thing(3, "large", "blue", "circle"))
@@ -78,8 +78,8 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
             "--max-length", 256, "--data", drawn / "captions.json", "--batch-size", 64,
             "--steps", recipe.stage1_steps, *shared,
         ])  # fmt: skip
-    # Muon in place of the paper's AdamW, and all questions about an image on one copy of it: to look things up takes
-    # tens of thousands of questions, which is minutes so
+    # Muon in place of the paper's AdamW, and one copy of an image for all its questions: looking things up is learnt
+    # only after tens of thousands of questions
     with clock.step("stage 2", "Stage 2, visual instruction tuning: projector and language model learn to converse"):
         run_stage(command, stage2, [
             "stage2", "--model", stage1, "--data", drawn / "instruct.json", "--val", drawn / "instruct_val.json",

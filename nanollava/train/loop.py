@@ -265,7 +265,7 @@ def draw(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[lis
 
 
 def minutes(seconds: float) -> str:
-    """As people read it: 2:05."""
+    """Minutes and seconds: 125 is 2:05."""
     return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
