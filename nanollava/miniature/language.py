@@ -218,9 +218,9 @@ def ask_relation(scene: Scene, rng: random.Random) -> Candidates:
         parts = {"a": refer(scene, a, "cell", rng), "b": refer(scene, b, "cell", rng)}
         seen = f"{{a}} is {PLACES[a.cell]} and {{b}} is {PLACES[b.cell]}"
         for way in direction(a, b):
-            yield "Is {a} {way} {b}?", f"{seen}. {{way}} it? yes.", parts | {"way": way}, "yes"
-            yield "Is {a} {way} {b}?", f"{seen}. {{way}} it? no.", parts | {"way": OPPOSITE[way]}, "no"
-            yield f"Is {{a}} {EITHER[way]} {{b}}?", f"{seen}, so it is {way.removesuffix(' of')}.", parts, way
+            yield "Is {a} {way} {b}?", f"{seen}. {{way}} {{b}}? yes.", parts | {"way": way}, "yes"
+            yield "Is {a} {way} {b}?", f"{seen}. {{way}} {{b}}? no.", parts | {"way": OPPOSITE[way]}, "no"
+            yield f"Is {{a}} {EITHER[way]} {{b}}?", f"{seen}, so {{a}} is {way.removesuffix(' of')}.", parts, way
 
 
 def ask_neighbour(scene: Scene, rng: random.Random) -> Candidates:

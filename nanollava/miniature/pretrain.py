@@ -25,6 +25,7 @@ from nanollava.folder import last_good
 from nanollava.images import open_image, preprocess
 from nanollava.llama import Llama, LlamaConfig
 from nanollava.llava import Llava, LlavaConfig, pad
+from nanollava.miniature.scenes import PLACES
 from nanollava.miniature.world import FAMILY, Annotated, read_split
 from nanollava.tokenizer import Tokenizer, load_tokenizer
 from nanollava.train.data import Dataset, Example, group, make_example, read_list
@@ -42,7 +43,10 @@ SHARE_OF_SINGLE_THINGS = 0.25  # of the contrastive steps: a word for each attri
 
 
 def train_tokenizer(world: Path, folder: Path) -> Tokenizer:
-    """A SentencePiece model of whole words with LLaMA's special ids and byte fallback, from the world's text."""
+    """A SentencePiece model of whole words with LLaMA's special ids and byte fallback, from the world's text.
+
+    The nine places are pieces of their own: "at the top left" is one thing to look up, right behind "The star is".
+    """
     folder.mkdir(parents=True, exist_ok=True)
     records = read_list(world / "text.json")[:20_000]
     told = [render(messages_from_record(r), "vicuna_v1").replace("</s>", " ") for r in records]
@@ -51,6 +55,7 @@ def train_tokenizer(world: Path, folder: Path) -> Tokenizer:
         sentence_iterator=iter("\n".join([*told, *captions]).split("\n")), model_prefix=str(folder / "tokenizer"),
         model_type="bpe", vocab_size=1000, hard_vocab_limit=False, character_coverage=1.0, required_chars=ASCII,
         byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        user_defined_symbols=["▁" + place.replace(" ", "▁") for place in PLACES],
         unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
     )  # fmt: skip
     (folder / "tokenizer.vocab").unlink()
