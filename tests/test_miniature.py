@@ -162,11 +162,11 @@ def test_answers_on_one_scene_are_those_that_a_person_would_give():
         ("Describe the object at the bottom.", "The object at the bottom is a small blue star."),
         (
             "Is the heart to the left or to the right of the blue star?",
-            "The heart is at the top right and the blue star is at the bottom, so it is to the right.",
+            "The heart is at the top right and the blue star is at the bottom, so the heart is to the right.",
         ),
         (
             "Is the blue star above the heart?",
-            "The blue star is at the bottom and the heart is at the top right. Above it? No.",
+            "The blue star is at the bottom and the heart is at the top right. Above the heart? No.",
         ),
         (
             "What shape is the object to the right of the blue star?",
@@ -312,6 +312,17 @@ def test_a_world_is_the_same_every_time(small_world, tmp_path):
     files = sorted(p.relative_to(small_world) for p in small_world.rglob("*") if p.is_file())
     assert len(files) == 80 + 12 + 24 + 6 + 4
     assert all((tmp_path / f).read_bytes() == (small_world / f).read_bytes() for f in files)
+
+
+def test_each_place_is_one_token_wherever_it_stands(small_world, tmp_path):
+    tokenizer = pretrain.train_tokenizer(small_world, tmp_path / "tokenizer")
+    texts = ["The star is {}.", "The object {} is red.", "A star {}, a heart and a cross."]
+    for text in texts:
+        without = tokenizer.encode(text.replace(" {}", ""))
+        for place in PLACES:
+            ids = tokenizer.encode(text.format(place))
+            assert len(ids) == len(without) + 1, place  # and not "at the top" with "left" behind it
+            assert tokenizer.decode(ids) == text.format(place)
 
 
 def test_at_the_start_of_clip_a_patch_holds_nothing_of_its_neighbours():

@@ -25,7 +25,6 @@ from nanollava.folder import last_good
 from nanollava.images import open_image, preprocess
 from nanollava.llama import Llama, LlamaConfig
 from nanollava.llava import Llava, LlavaConfig, pad
-from nanollava.miniature.scenes import PLACES
 from nanollava.miniature.world import FAMILY, Annotated, read_split
 from nanollava.tokenizer import Tokenizer, load_tokenizer
 from nanollava.train.data import Dataset, Example, group, make_example, read_list
@@ -43,10 +42,7 @@ SHARE_OF_SINGLE_THINGS = 0.25  # of the contrastive steps: a word for each attri
 
 
 def train_tokenizer(world: Path, folder: Path) -> Tokenizer:
-    """A SentencePiece model of whole words with LLaMA's special ids and byte fallback, from the world's text.
-
-    The nine places are pieces of their own: "at the top left" is one thing to look up, right behind "The star is".
-    """
+    """A SentencePiece model of whole words with LLaMA's special ids and byte fallback, from the world's text."""
     folder.mkdir(parents=True, exist_ok=True)
     records = read_list(world / "text.json")[:20_000]
     told = [render(messages_from_record(r), "vicuna_v1").replace("</s>", " ") for r in records]
@@ -55,7 +51,6 @@ def train_tokenizer(world: Path, folder: Path) -> Tokenizer:
         sentence_iterator=iter("\n".join([*told, *captions]).split("\n")), model_prefix=str(folder / "tokenizer"),
         model_type="bpe", vocab_size=1000, hard_vocab_limit=False, character_coverage=1.0, required_chars=ASCII,
         byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        user_defined_symbols=["▁" + place.replace(" ", "▁") for place in PLACES],
         unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
     )  # fmt: skip
     (folder / "tokenizer.vocab").unlink()
@@ -94,8 +89,6 @@ class Clip(nn.Module):
         self.text_projection = nn.Linear(width, width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         nn.init.normal_(self.vision.embeddings.position_embedding.weight, std=0.5)
-        # the stream starts small: what the blocks learn to add soon outweighs the raw pixels
-        nn.init.constant_(self.vision.pre_layrnorm.weight, 0.1)
         for block in self.vision.layers:  # adding nothing yet: so a patch keeps to its own content, not its neighbours'
             for last in (block.self_attn.out_proj, block.mlp.fc2):
                 nn.init.zeros_(last.weight)
@@ -201,13 +194,10 @@ def language_config(tokenizer: Tokenizer) -> LlamaConfig:
 
 def initialise(language: Llama) -> None:
     """The language model's start: matrices that keep the size of what they are given (the usual 0.02 would be four
-    times too small at this width: attention stays flat, and looking things up is learnt much later); zeros where they
-    write to the stream, so that every layer begins by seeing the words themselves; large embeddings, so that what the
-    layers add, and each step, changes them little."""
-    for p in language.parameters():
+    times too small at this width: attention stays flat, and looking things up is learnt much later), smaller where
+    they write to the stream; small embeddings."""
+    writers = (2 * len(language.layers)) ** -0.5
+    for name, p in language.named_parameters():
         if p.ndim == 2:
-            nn.init.normal_(p, std=p.shape[1] ** -0.5)
-    nn.init.normal_(language.embed_tokens.weight, std=0.5)
-    for block in language.layers:
-        for last in (block.self_attn.o_proj, block.mlp.down_proj):
-            nn.init.zeros_(last.weight)
+            size = 0.02 if "embed" in name else p.shape[1] ** -0.5
+            nn.init.normal_(p, std=size * (writers if "o_proj" in name or "down_proj" in name else 1.0))
