@@ -35,15 +35,12 @@ def some_scenes(count: int, split: str = "train") -> list[Scene]:
 
 
 LONGEST_FIRST = "|".join(sorted(PLACES, key=len, reverse=True))  # "at the top left" is not "at the top"
-CAPTIONED = re.compile(
-    rf"\ban? (?:(\w+) (\w+) )?({'|'.join(SHAPES)})\b(?: ({LONGEST_FIRST}))?(?: that is (\w+) and (\w+))?"
-)
+CAPTIONED = re.compile(rf"\ban? (\w+) (\w+) ({'|'.join(SHAPES)})\b(?: ({LONGEST_FIRST}))?")
 
 
 def read_caption(text: str) -> list[tuple[str, str, str, str]]:
-    """(place or "", size, colour, shape) of every thing that one sentence names, in either manner."""
-    found = CAPTIONED.findall(text[0].lower() + text[1:])
-    return [(place, early or late, hue or late_hue, shape) for early, hue, shape, place, late, late_hue in found]
+    """(place or "", size, colour, shape) of every thing that one sentence names."""
+    return [(place, *name) for *name, place in CAPTIONED.findall(text[0].lower() + text[1:])]
 
 
 def test_no_scene_belongs_to_two_splits_in_any_file(small_world):
@@ -276,8 +273,8 @@ def test_a_caption_read_back_is_the_scene():
             told, placed = read_caption(text), " at " in text or " on " in text or " in " in text
             assert sorted(told) == sorted((PLACES[t.cell] * placed, t.size, t.colour, t.shape) for t in scene.things)
             assert evaluation.attributes(text) == Counter(word for t in scene.things for word in t.name.split())
-            sorts["that is" in text, placed] += 1
-    assert len(sorts) == 4 and min(sorts.values()) > 100  # the shape first or last, with places and without
+            sorts[placed] += 1
+    assert sorts == {True: 600, False: 400}
 
 
 def test_a_wrong_description_is_not_read_as_the_scene():
@@ -314,17 +311,6 @@ def test_a_world_is_the_same_every_time(small_world, tmp_path):
     assert all((tmp_path / f).read_bytes() == (small_world / f).read_bytes() for f in files)
 
 
-def test_each_place_is_one_token_wherever_it_stands(small_world, tmp_path):
-    tokenizer = pretrain.train_tokenizer(small_world, tmp_path / "tokenizer")
-    texts = ["The star is {}.", "The object {} is red.", "A star {}, a heart and a cross."]
-    for text in texts:
-        without = tokenizer.encode(text.replace(" {}", ""))
-        for place in PLACES:
-            ids = tokenizer.encode(text.format(place))
-            assert len(ids) == len(without) + 1, place  # and not "at the top" with "left" behind it
-            assert tokenizer.decode(ids) == text.format(place)
-
-
 def test_at_the_start_of_clip_a_patch_holds_nothing_of_its_neighbours():
     torch.manual_seed(0)
     tower = pretrain.Clip(pretrain.VISION, vocab_size=50).vision
@@ -336,13 +322,13 @@ def test_at_the_start_of_clip_a_patch_holds_nothing_of_its_neighbours():
     assert same.tolist() == [False] + 8 * [True]
 
 
-def test_at_the_start_every_layer_of_the_decoder_sees_the_words_themselves():
+def test_at_the_start_the_decoder_keeps_the_size_of_what_it_is_given():
     language_model = Llama(LlamaConfig(400, 64, 160, 3, 2))
     pretrain.initialise(language_model)
-    ids = torch.arange(3, 43).view(2, 20)
+    block = language_model.layers[2]
     with torch.no_grad():
-        words = language_model.embed_tokens(ids)
-        assert torch.equal(language_model.hidden(words), language_model.norm(words))
-    assert language_model.embed_tokens.weight.std().item() == pytest.approx(0.5, rel=0.05)
-    matrix = language_model.layers[2].mlp.up_proj.weight
-    assert matrix.norm().item() ** 2 == pytest.approx(len(matrix), rel=0.1)  # a row of norm 1 keeps sizes
+        x = torch.randn(2, 20, 64)
+        assert block.mlp.up_proj(x).std().item() == pytest.approx(x.std().item(), rel=0.1)
+        # three layers write six times: together as much as one matrix that keeps the size
+        assert 6 * block.self_attn.o_proj(x).var().item() == pytest.approx(x.var().item(), rel=0.2)
+    assert language_model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
