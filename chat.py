@@ -136,7 +136,7 @@ class Talk:
 
     def _handle(self, line: str) -> None:
         """One line of input: a command or a question."""
-        command, _, rest = line.partition(" ")
+        command, rest = [*line.split(maxsplit=1), "", ""][:2]
         command = command.lower()
         if command == "/image":
             self._show(rest.strip())

@@ -406,7 +406,7 @@ class Keyboard(io.TextIOWrapper):
 
 
 def test_who_sits_at_a_terminal_is_greeted_and_prompted(talk, folder, image):
-    lines = f"What?\n/reset\n/image\n/image {image}\n/image\n"  # and then the end: Ctrl-D
+    lines = f"What?\n/reset\n/image\n/image\t{image}\n/image\n"  # and then the end: Ctrl-D
     status, output, errors = talk(lines, folder, stdin=Keyboard)
     assert (status, errors) == (0, "")
     assert "million parameters on cpu" in output.splitlines()[0]

@@ -47,6 +47,7 @@ def test_the_chain_leaves_every_part_and_a_table(finished):
 def test_a_finished_chain_is_not_trained_again_and_a_missing_part_is(finished, capsys):
     before = (finished / "run/stage1/model.safetensors").stat().st_mtime_ns
     shutil.rmtree(finished / "run/stage2")
+    (finished / "run/stage2").mkdir()  # an empty folder is no finished stage
     assert train.main(["miniature", "--recipe", "smoke", "--out", str(finished / "run")]) == 0
     assert (finished / "run/stage1/model.safetensors").stat().st_mtime_ns == before
     printed = capsys.readouterr().out
@@ -135,6 +136,13 @@ def test_the_clock_counts_what_was_interrupted(tmp_path):
     with Clock(tmp_path / "times.json").step("stage 2", "title"):
         pass
     assert json.loads((tmp_path / "times.json").read_text())["stage 2"] > before
+
+
+@pytest.mark.parametrize("damaged", ["[]", '{"stage 2": "long"}', "{", "\xff"])
+def test_damaged_times_are_named(damaged, tmp_path):
+    (tmp_path / "times.json").write_text(damaged, encoding="latin-1")
+    with pytest.raises(Error, match=r"times\.json"):
+        Clock(tmp_path / "times.json")
 
 
 def test_test_questions_are_spread_evenly_and_blind_images_show_another_scene(finished):

@@ -130,9 +130,9 @@ def python() -> str:
 def pretrain_parts(drawn: Path, clip: Path, vicuna: Path, recipe: Recipe, clock: "Clock") -> None:
     """CLIP and Vicuna know nothing of each other, so they are made at the same time."""
     tokenizer, missing = load_tokenizer(drawn.with_name("tokenizer")), {}
-    if not last_good(clip).exists():
+    if not (last_good(clip) / "config.json").exists():
         missing["CLIP"] = pretrain.pretrain_vision, (drawn, clip, tokenizer, recipe.clip_steps)
-    if not last_good(vicuna).exists():
+    if not (last_good(vicuna) / "config.json").exists():
         missing["Vicuna"] = pretrain.pretrain_language, (drawn, vicuna, tokenizer, recipe.language_steps)
     if missing:
         title = "A small CLIP: which caption belongs to which picture? A small Vicuna: scenes told in words"
@@ -146,6 +146,8 @@ class Clock:
     def __init__(self, file: Path):
         self.file = file
         self.seconds: dict[str, float] = read_json(file) if file.exists() else {}
+        if not all(isinstance(seconds, int | float) for seconds in self.seconds.values()):
+            raise Error(f"{file}: a step's seconds are no number; delete this file, the run goes on without it")
 
     @contextmanager
     def step(self, name: str, title: str) -> Iterator[None]:
@@ -166,7 +168,7 @@ class Clock:
 
 def run_stage(command: Command, folder: Path, words: list) -> None:
     """One training command, unless its result is there; resumed where it was cut."""
-    begun = last_good(folder).exists()
+    begun = (last_good(folder) / "config.json").exists()
     if begun and not (last_good(folder) / "training.pt").exists():
         return
     words = [str(word) for word in [*words, "--out", folder]] + ["--resume"] * begun
