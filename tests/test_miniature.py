@@ -35,12 +35,15 @@ def some_scenes(count: int, split: str = "train") -> list[Scene]:
 
 
 LONGEST_FIRST = "|".join(sorted(PLACES, key=len, reverse=True))  # "at the top left" is not "at the top"
-CAPTIONED = re.compile(rf"\ban? (\w+) (\w+) ({'|'.join(SHAPES)})\b(?: ({LONGEST_FIRST}))?")
+CAPTIONED = re.compile(
+    rf"\ban? (?:(\w+) (\w+) )?({'|'.join(SHAPES)})\b(?: ({LONGEST_FIRST}))?(?: that is (\w+) and (\w+))?"
+)
 
 
 def read_caption(text: str) -> list[tuple[str, str, str, str]]:
-    """(place or "", size, colour, shape) of every thing that one sentence names."""
-    return [(place, *name) for *name, place in CAPTIONED.findall(text[0].lower() + text[1:])]
+    """(place or "", size, colour, shape) of every thing that one sentence names, in either manner."""
+    found = CAPTIONED.findall(text[0].lower() + text[1:])
+    return [(place, early or late, hue or late_hue, shape) for early, hue, shape, place, late, late_hue in found]
 
 
 def test_no_scene_belongs_to_two_splits_in_any_file(small_world):
@@ -159,11 +162,11 @@ def test_answers_on_one_scene_are_those_that_a_person_would_give():
         ("Describe the object at the bottom.", "The object at the bottom is a small blue star."),
         (
             "Is the heart to the left or to the right of the blue star?",
-            "The heart is at the top right and the blue star is at the bottom, so the heart is to the right.",
+            "The heart is at the top right and the blue star is at the bottom, so it is to the right.",
         ),
         (
             "Is the blue star above the heart?",
-            "The blue star is at the bottom and the heart is at the top right. Above the heart? No.",
+            "The blue star is at the bottom and the heart is at the top right. Above it? No.",
         ),
         (
             "What shape is the object to the right of the blue star?",
@@ -273,8 +276,8 @@ def test_a_caption_read_back_is_the_scene():
             told, placed = read_caption(text), " at " in text or " on " in text or " in " in text
             assert sorted(told) == sorted((PLACES[t.cell] * placed, t.size, t.colour, t.shape) for t in scene.things)
             assert evaluation.attributes(text) == Counter(word for t in scene.things for word in t.name.split())
-            sorts[placed] += 1
-    assert sorts == {True: 600, False: 400}
+            sorts["that is" in text, placed] += 1
+    assert len(sorts) == 4 and min(sorts.values()) > 100  # the shape first or last, with places and without
 
 
 def test_a_wrong_description_is_not_read_as_the_scene():
@@ -322,13 +325,13 @@ def test_at_the_start_of_clip_a_patch_holds_nothing_of_its_neighbours():
     assert same.tolist() == [False] + 8 * [True]
 
 
-def test_at_the_start_the_decoder_keeps_the_size_of_what_it_is_given():
+def test_at_the_start_every_layer_of_the_decoder_sees_the_words_themselves():
     language_model = Llama(LlamaConfig(400, 64, 160, 3, 2))
     pretrain.initialise(language_model)
-    block = language_model.layers[2]
+    ids = torch.arange(3, 43).view(2, 20)
     with torch.no_grad():
-        x = torch.randn(2, 20, 64)
-        assert block.mlp.up_proj(x).std().item() == pytest.approx(x.std().item(), rel=0.1)
-        # three layers write six times: together as much as one matrix that keeps the size
-        assert 6 * block.self_attn.o_proj(x).var().item() == pytest.approx(x.var().item(), rel=0.2)
-    assert language_model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        words = language_model.embed_tokens(ids)
+        assert torch.equal(language_model.hidden(words), language_model.norm(words))
+    assert language_model.embed_tokens.weight.std().item() == pytest.approx(0.5, rel=0.05)
+    matrix = language_model.layers[2].mlp.up_proj.weight
+    assert matrix.norm().item() ** 2 == pytest.approx(len(matrix), rel=0.1)  # a row of norm 1 keeps sizes

@@ -50,7 +50,8 @@ def test_the_bundled_model_is_the_one_that_this_code_makes_and_says_what_is_prin
     assert len(conversation) == 6
     for question, answer in conversation:
         assert model.answer(ROOT / "weights/miniature/sample.png", question) == answer
-    assert all(answer in right_answers(question) for question, answer in conversation)
+    wrong = [number for number, (q, answer) in enumerate(conversation, 1) if answer not in right_answers(q)]
+    assert wrong == [4] and "the fourth answer above is wrong" in README
 
 
 def right_answers(question: str) -> set[str]:

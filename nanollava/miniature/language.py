@@ -218,9 +218,9 @@ def ask_relation(scene: Scene, rng: random.Random) -> Candidates:
         parts = {"a": refer(scene, a, "cell", rng), "b": refer(scene, b, "cell", rng)}
         seen = f"{{a}} is {PLACES[a.cell]} and {{b}} is {PLACES[b.cell]}"
         for way in direction(a, b):
-            yield "Is {a} {way} {b}?", f"{seen}. {{way}} {{b}}? yes.", parts | {"way": way}, "yes"
-            yield "Is {a} {way} {b}?", f"{seen}. {{way}} {{b}}? no.", parts | {"way": OPPOSITE[way]}, "no"
-            yield f"Is {{a}} {EITHER[way]} {{b}}?", f"{seen}, so {{a}} is {way.removesuffix(' of')}.", parts, way
+            yield "Is {a} {way} {b}?", f"{seen}. {{way}} it? yes.", parts | {"way": way}, "yes"
+            yield "Is {a} {way} {b}?", f"{seen}. {{way}} it? no.", parts | {"way": OPPOSITE[way]}, "no"
+            yield f"Is {{a}} {EITHER[way]} {{b}}?", f"{seen}, so it is {way.removesuffix(' of')}.", parts, way
 
 
 def ask_neighbour(scene: Scene, rng: random.Random) -> Candidates:
@@ -256,14 +256,20 @@ CANDIDATES = {
 }  # fmt: skip
 
 
-def caption(scene: Scene, rng: random.Random, places: bool = True) -> str:
-    """One sentence about everything, in any order, with or without places."""
-    return enumerate_things(rng.sample(scene.things, len(scene.things)), places)
+def caption(scene: Scene, rng: random.Random, places: bool) -> str:
+    """One sentence about everything, in any order. Half of them name the shape first: whoever predicts each word from
+    those before it learns from "a red star" to find shapes by colours, but not colours by shapes."""
+    return enumerate_things(rng.sample(scene.things, len(scene.things)), places, shape_first=rng.random() < 0.5)
 
 
-def enumerate_things(things: Sequence[Thing], places: bool = True) -> str:
-    """One sentence that names things in the order given: "A small red star at the top and a large blue heart ..."."""
-    phrases = [article(t.name) + (f" {PLACES[t.cell]}" if places else "") for t in things]
+def enumerate_things(things: Sequence[Thing], places: bool = True, shape_first: bool = False) -> str:
+    """One sentence that names things in the order given: "A small red star at the top.", or "A star at the top that is
+    small and red." if the shape comes first."""
+    phrases = []
+    for thing in things:
+        place = f" {PLACES[thing.cell]}" if places else ""
+        first, last = (thing.shape, f" that is {thing.size} and {thing.colour}") if shape_first else (thing.name, "")
+        phrases.append(article(first) + place + last)
     return join(phrases).capitalize() + "."
 
 

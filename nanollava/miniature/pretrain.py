@@ -89,6 +89,8 @@ class Clip(nn.Module):
         self.text_projection = nn.Linear(width, width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         nn.init.normal_(self.vision.embeddings.position_embedding.weight, std=0.5)
+        # the stream starts small: what the blocks learn to add soon outweighs the raw pixels
+        nn.init.constant_(self.vision.pre_layrnorm.weight, 0.1)
         for block in self.vision.layers:  # adding nothing yet: so a patch keeps to its own content, not its neighbours'
             for last in (block.self_attn.out_proj, block.mlp.fc2):
                 nn.init.zeros_(last.weight)
@@ -194,10 +196,13 @@ def language_config(tokenizer: Tokenizer) -> LlamaConfig:
 
 def initialise(language: Llama) -> None:
     """The language model's start: matrices that keep the size of what they are given (the usual 0.02 would be four
-    times too small at this width: attention stays flat, and looking things up is learnt much later), smaller where
-    they write to the stream; small embeddings."""
-    writers = (2 * len(language.layers)) ** -0.5
-    for name, p in language.named_parameters():
+    times too small at this width: attention stays flat, and looking things up is learnt much later); zeros where they
+    write to the stream, so that every layer begins by seeing the words themselves; large embeddings, so that what the
+    layers add, and each step, changes them little."""
+    for p in language.parameters():
         if p.ndim == 2:
-            size = 0.02 if "embed" in name else p.shape[1] ** -0.5
-            nn.init.normal_(p, std=size * (writers if "o_proj" in name or "down_proj" in name else 1.0))
+            nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    nn.init.normal_(language.embed_tokens.weight, std=0.5)
+    for block in language.layers:
+        for last in (block.self_attn.o_proj, block.mlp.down_proj):
+            nn.init.zeros_(last.weight)

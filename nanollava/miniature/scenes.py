@@ -139,10 +139,12 @@ def polygon(corners: int, radius: float, turn: float = 0.0) -> tuple[tuple[float
 
 
 def place_thing(thing: Thing, rng: random.Random) -> list[tuple[float, float]]:
-    """Corners of a thing in a picture of side 1: about the middle of its cell, slightly tilted."""
-    radius = RADIUS[thing.size] * rng.uniform(0.97, 1.03)
-    x, y = ((cell + 0.5) / 3 + rng.uniform(-0.014, 0.014) for cell in (thing.column, thing.row))
-    tilt = rng.uniform(-0.1, 0.1)
+    """Corners of a thing in a picture of side 1: somewhere in its cell, slightly tilted."""
+    radius = RADIUS[thing.size] * rng.uniform(0.93, 1.05)
+    room = 1 / 6 - radius * 1.05
+    x = (thing.column + 0.5) / 3 + rng.uniform(-room, room)
+    y = (thing.row + 0.5) / 3 + rng.uniform(-room, room)
+    tilt = rng.uniform(-0.2, 0.2)
     cos, sin = radius * math.cos(tilt), radius * math.sin(tilt)
     return [(x + cos * u - sin * v, y + sin * u + cos * v) for u, v in outline(thing.shape)]
 

@@ -60,11 +60,12 @@ def instruction_records(image_id: int, image: str, scene: Scene, rng: random.Ran
 def text_records(scene_id: int, scene: Scene, rng: random.Random, count: int) -> list[dict]:
     """``count`` records without an image: the scene is told in words, then asked about, or, once in five, summed up.
     They are what the miniature's language model learns before it has ever seen anything."""
-    told = describe(scene, rng).answer if rng.random() < 0.5 else enumerate_things(scene.things)
+    in_order = enumerate_things(scene.things, shape_first=rng.random() < 0.5)
+    told = describe(scene, rng).answer if rng.random() < 0.5 else in_order
     kinds = rng.choices([*PROPORTIONS, "summary"], [*PROPORTIONS.values(), 40], k=count)
     records = []
     for number, kind in enumerate(kinds):
-        summary = Question(kind, "", caption(scene, rng), {})
+        summary = Question(kind, "", caption(scene, rng, places=rng.random() < 0.5), {})
         turns = [summary] if kind == "summary" else questions(scene, kind, rng)
         first = f"{told}\n{turns[0].text}".rstrip()
         records.append(record(f"{scene_id:012d}-{number}", turns, first) | {"kind": kind})

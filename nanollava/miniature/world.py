@@ -130,8 +130,9 @@ def records_for(scene: Scene, count: int) -> int:
 
 
 def brief(image: Annotated) -> list[dict]:
-    """Stage 1's record, about the first caption: it says where things are."""
-    return [caption_record(image.id, image.name, image.captions[0], random.Random(f"brief {image.id}"))]
+    """Stage 1's record, about one of the captions: some say where things are, some do not."""
+    rng = random.Random(f"brief {image.id}")
+    return [caption_record(image.id, image.name, rng.choice(image.captions), rng)]
 
 
 def conversations(count: int, number: int) -> list[dict]:
