@@ -18,7 +18,9 @@ NUMBERS = ("none", "one", "two", "three")
 PERCEPTION = ("colour", "shape", "size", "count", "existence", "place", "relation")
 REASONING = ("neighbour", "remaining")
 KINDS = PERCEPTION + REASONING
-CONVERSATION = (*PERCEPTION, "look")  # "Tell me about the star." is no kind of the test
+# "Tell me about the star." makes the model look up three things by one name, which is what it learns last: so it is
+# taught three times as often as the others. It is no kind of the test.
+CONVERSATION = (*PERCEPTION, "look", "look", "look")
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def ask_one_thing(attribute: str, wordings: tuple[str, ...], scene: Scene, rng: 
         if not references(scene, thing, hidden=attribute):
             continue
         parts = {"it": refer(scene, thing, attribute, rng)}
-        value = getattr(thing, attribute)
+        value = PLACES[thing.cell] if attribute == "cell" else getattr(thing, attribute)
         told = article(value) if attribute == "shape" else value
         for wording in wordings:
             yield wording, f"{{it}} is {told}.", parts, value
@@ -122,31 +124,25 @@ ask_shape = partial(
     ask_one_thing, "shape", ("What shape is {it}?", "What is the shape of {it}?", "Tell me the shape of {it}.")
 )
 ask_size = partial(ask_one_thing, "size", ("Is {it} large or small?", "What size is {it}?", "How big is {it}?"))
-
-
-def ask_all(hidden: str, wordings: tuple[str, ...], scene: Scene, rng: random.Random) -> Candidates:
-    """All that the question does not say of a thing."""
-    for thing in scene.things:
-        parts = {"it": refer(scene, thing, hidden, rng)}
-        for wording in wordings:
-            yield wording, f"{{it}} is {unsaid(thing, parts['it'])}.", parts, str(thing.cell)
-
-
-def unsaid(thing: Thing, it: str) -> str:
-    """What the reference ``it`` does not say of a thing, the place last: who has said how a thing looks finds its place
-    more easily. The star is "small, red and at the top", the red object is "a small star at the top"."""
-    named = it.split()
-    adjectives = [word for word in (thing.size, thing.colour) if word not in named]
-    place = [] if it.endswith(PLACES[thing.cell]) else [PLACES[thing.cell]]
-    if thing.shape in named:
-        return join([*adjectives, *place])
-    return " ".join([article(" ".join([*adjectives, thing.shape])), *place])
-
-
 ask_place = partial(
-    ask_all, "cell", ("Where is {it}?", "Where in the picture is {it}?", "In which part of the picture is {it}?")
-)
-ask_look = partial(ask_all, "", ("What does {it} look like?", "Tell me about {it}.", "Describe {it}."))
+    ask_one_thing, "cell",
+    ("Where is {it}?", "Where in the picture is {it}?", "In which part of the picture is {it}?"),
+)  # fmt: skip
+
+
+def ask_look(scene: Scene, rng: random.Random) -> Candidates:
+    """All that the question does not say of a thing: three things to look up by one name."""
+    for thing in scene.things:
+        it = refer(scene, thing, "", rng)
+        named = it.split()
+        adjectives = [word for word in (thing.size, thing.colour) if word not in named]
+        place = [] if it.endswith(PLACES[thing.cell]) else [PLACES[thing.cell]]
+        if thing.shape in named:
+            told = join([*adjectives, *place])
+        else:
+            told = " ".join([article(" ".join([*adjectives, thing.shape])), *place])
+        for wording in ("What does {it} look like?", "Tell me about {it}.", "Describe {it}."):
+            yield wording, f"{{it}} is {told}.", {"it": it}, str(thing.cell)
 
 
 def groups(scene: Scene, rng: random.Random) -> Iterator[tuple[str, list[Thing]]]:
@@ -220,11 +216,11 @@ def ask_relation(scene: Scene, rng: random.Random) -> Candidates:
     """The answer compares the two places."""
     for a, b in permutations(scene.things, 2):
         parts = {"a": refer(scene, a, "cell", rng), "b": refer(scene, b, "cell", rng)}
-        seen = f"{{a}} is {unsaid(a, parts['a'])}; {{b}} is {unsaid(b, parts['b'])}"
+        seen = f"{{a}} is {PLACES[a.cell]} and {{b}} is {PLACES[b.cell]}"
         for way in direction(a, b):
-            yield "Is {a} {way} {b}?", f"{seen}. {{way}} {{b}}? yes.", parts | {"way": way}, "yes"
-            yield "Is {a} {way} {b}?", f"{seen}. {{way}} {{b}}? no.", parts | {"way": OPPOSITE[way]}, "no"
-            yield f"Is {{a}} {EITHER[way]} {{b}}?", f"{seen}; so {{a}} is {way.removesuffix(' of')}.", parts, way
+            yield "Is {a} {way} {b}?", f"{seen}. {{way}} it? yes.", parts | {"way": way}, "yes"
+            yield "Is {a} {way} {b}?", f"{seen}. {{way}} it? no.", parts | {"way": OPPOSITE[way]}, "no"
+            yield f"Is {{a}} {EITHER[way]} {{b}}?", f"{seen}, so it is {way.removesuffix(' of')}.", parts, way
 
 
 def ask_neighbour(scene: Scene, rng: random.Random) -> Candidates:
@@ -234,7 +230,7 @@ def ask_neighbour(scene: Scene, rng: random.Random) -> Candidates:
         for way, a in ways:
             if [w for w, _ in ways].count(way) == 1:
                 parts = {"way": way, "b": refer(scene, b, "cell", rng)}
-                found = f"{{b}} is {unsaid(b, parts['b'])}; {{way}} it is the"
+                found = f"{{b}} is {PLACES[b.cell]} and {{way}} it is the"
                 for wording, form, outcome in (
                     ("What colour is the object {way} {b}?", f"{a.size} {a.shape}, which is {a.colour}", a.colour),
                     ("What shape is the object {way} {b}?", f"{a.colour} object, which is a {a.shape}", a.shape),
