@@ -65,7 +65,8 @@ def check_out(out: Path, resume: bool) -> None:
         raise Error(f"{out}: nothing to resume: it holds {stage}, finished; choose another --out for a new run")
     if resume and not unfinished:
         raise Error(f"{out}: nothing to resume: no checkpoint was saved there; start without --resume")
-    if not resume and folder.exists():
+    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if not resume and occupied:
         raise Error(f"{out} exists: {'go on with --resume, or ' if unfinished else ''}choose another --out")
     check_writable(out)
 
