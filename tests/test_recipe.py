@@ -34,11 +34,9 @@ def finished(tmp_path_factory):
 
 def test_the_chain_leaves_every_part_and_a_table(finished):
     results = json.loads((finished / "run/results.json").read_text())
-    columns = results["columns"]
-    assert set(columns) == {
-        "guessing", "language model alone", "after stage 1", "after stage 2", "blind", "detail"
-    }  # fmt: skip
-    assert all(set(columns[name]) == {*KINDS, "mean"} for name in columns if name != "detail")
+    for columns in (results["exact"], results["verdict"]):
+        assert list(columns) == ["guessing", "language model alone", "after stage 1", "after stage 2", "blind"]
+        assert all(set(column) == {*KINDS, "mean"} for column in columns.values())
     assert load(finished / "run/stage1").config.stage == "stage1"
     assert load(finished / "run/stage2").config.stage == "stage2"
     assert "| kind |" in (finished / "weights/README.md").read_text()
@@ -163,6 +161,45 @@ def test_guessing_answers_each_wording_with_its_most_frequent_form(tmp_path):
     known = evaluation.Item(image, image, Question("size", "How big is {it}?", "{it} is large.", star))
     unknown = evaluation.Item(image, image, Question("size", "never seen", "{it} is large.", star))
     assert evaluation.guesses(tmp_path, [known, unknown]) == ["The star is small.", ""]
+
+
+def test_a_verdict_is_guessed_and_counted_without_its_evidence(tmp_path):
+    """Three answers of five end in yes, each with other evidence; the most frequent whole form ends in no."""
+    forms = [f"I see a {colour} star. {{it}}? yes." for colour in ("pink", "red", "blue")]
+    forms += 2 * ["I see a cross. {it}? no."]
+    records = [{"wordings": ["Is there {it}?"], "forms": [form]} for form in forms]
+    (tmp_path / "instruct.json").write_text(json.dumps(records))
+    image = Annotated(1, "x.png", [], Scene((Thing(0, "large", "red", "star"),)))
+    question = Question("existence", "Is there {it}?", forms[1], {"it": "a star"})
+    item = evaluation.Item(image, image, question)
+    assert evaluation.guesses(tmp_path, [item]) == ["I see a cross. A star? No."]
+    assert evaluation.guesses(tmp_path, [item], evaluation.verdict) == ["Yes"]
+    right = [evaluation.Item(image, image, Question(kind, "", forms[1], {"it": "a star"})) for kind in KINDS]
+    texts = ["Yes"] * len(KINDS)
+    assert evaluation.accuracy(right, texts)["mean"] == 0
+    assert evaluation.accuracy(right, texts, evaluation.verdict)["mean"] == 1
+
+
+@pytest.mark.parametrize("answer, comes_down_to", [
+    ("The star is red.", "the star is red"),
+    ("The star is small and red, at the top left.", "at the top left"),
+    ("Looking for stars: a red star, one; so there is one.", "so there is one"),
+    ("I see a red star. A red star? Yes.", "yes"),
+    ("The red object is a star on the left; below it is a star, which is blue.", "which is blue"),
+])  # fmt: skip
+def test_an_answer_s_verdict_is_its_last_clause(answer, comes_down_to):
+    assert evaluation.verdict(answer) == comes_down_to
+
+
+def test_one_model_is_evaluated_from_the_command_line(finished, capsys):
+    words = [str(finished / "weights"), "--world", str(finished / "run/world"), "--questions", "6"]
+    assert evaluation.main(words) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| kind | guessing | language model alone | model | blind |") == 2
+    assert evaluation.main([str(finished / "nowhere"), *words[1:]]) == 2
+    assert evaluation.main([words[0], "--world", str(finished)]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 2 and all(line.startswith(f"error: {finished}") for line in error)
 
 
 def test_f1_by_hand():

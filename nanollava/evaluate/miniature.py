@@ -1,13 +1,17 @@
-"""Does the miniature see? Questions about scenes never met in training, answered by generation, compared exactly.
+"""python -m nanollava.evaluate.miniature MODEL --world runs/miniature/world
+
+Does the miniature see? Questions about scenes never met in training, answered by generation, compared exactly.
 
 Beside each accuracy stand what guessing gives (for each wording the form of answer most frequent in the training data),
 the same model shown another scene's image (blind), and the language model without any image. All are asked in Vicuna's
-template. An answer counts only as a whole, its evidence included: a guess at it succeeds much less often than one at
-the yes or no that it ends in.
+template. An answer counts as a whole, its evidence included; since that is hard to guess, its verdict (the last clause:
+the yes or no, the number, the place) is counted on its own as well.
 """
 
+import argparse
 import random
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,7 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanollava.checkpoint import load
 from nanollava.conversation import encode
+from nanollava.error import one_line
 from nanollava.generate import Sampling, generate
 from nanollava.images import open_image, preprocess
 from nanollava.llava import Llava
@@ -83,47 +89,54 @@ def look(model: Llava, world: Path, image: Annotated) -> Tensor:
     return preprocess(picture, model.config.vision.image_size, model.config.image_aspect_ratio)
 
 
-def accuracy(items: list[Item], texts: list[str]) -> dict[str, float]:
-    """Share of exact answers by kind, and their mean over the closed kinds ("mean")."""
+def verdict(answer: str) -> str:
+    """What an answer comes down to: its last clause."""
+    return re.split(r"[.;,?] ", answer.rstrip("."))[-1].lower()
+
+
+def accuracy(items: list[Item], texts: list[str], what: Callable[[str], str] = str) -> dict[str, float]:
+    """Share of right answers by kind, and their mean over the closed kinds ("mean"); ``what`` of an answer counts."""
     right = defaultdict(list)
     for item, text in zip(items, texts, strict=True):
-        right[item.question.kind].append(text == item.question.answer)
+        right[item.question.kind].append(what(text) == what(item.question.answer))
     scores = {kind: sum(right[kind]) / len(right[kind]) for kind in KINDS}
     return scores | {"mean": sum(scores.values()) / len(scores)}
 
 
-def guesses(world: Path, items: list[Item]) -> list[str]:
-    """What someone would answer who knows the training data by heart and cannot see: for each wording the form met
-    most often, filled with the question's own words."""
+def guesses(world: Path, items: list[Item], what: Callable[[str], str] = str) -> list[str]:
+    """What someone would answer who knows the training data by heart and cannot see: for each wording the form, or
+    ``what`` of it, met most often, filled with the question's own words."""
     seen: dict[str, Counter] = defaultdict(Counter)
     for record in read_list(world / "instruct.json"):
         for wording, form in zip(record["wordings"], record["forms"], strict=True):
-            seen[wording][form] += 1
+            seen[wording][what(form)] += 1
     best = {wording: forms.most_common(1)[0][0] for wording, forms in seen.items()}
     return [fill(best.get(i.question.wording, ""), i.question.parts) for i in items]
 
 
-def evaluate(models: dict[str, Llava], world: Path, per_kind: int = 300) -> dict[str, dict[str, float]]:
-    """Accuracy by kind for every column of the table: guessing, the language model alone, each model, and the last
-    model blind. Descriptions are scored on their own: exact sets of things, with and without their places."""
+Columns = dict[str, dict[str, float]]  # who answers -> kind of question -> share of right answers
+
+
+def evaluate(models: dict[str, Llava], world: Path, per_kind: int = 300) -> dict[str, Columns | dict[str, float]]:
+    """Accuracy by kind of guessing, the language model alone, each model, and the last model blind: of whole answers
+    ("exact") and of what they come down to ("verdict"). Descriptions are scored on their own ("detail")."""
     items = make_items(world, per_kind)
     closed = [item for item in items if item.question.kind in KINDS]
-    *_, last = models.values()
-    columns = {"guessing": accuracy(closed, guesses(world, closed))}
+    first, last = (list(models.values())[i] for i in (0, -1))
 
-    def column(model: Llava, show: Callable[[Item], Annotated | None]) -> dict[str, float]:
-        texts = answers(model, world, ((i.question.text, show(i)) for i in closed), "vicuna_v1")
-        return accuracy(closed, texts)
+    def ask_all(model: Llava, show: Callable[[Item], Annotated | None]) -> list[str]:
+        return answers(model, world, ((i.question.text, show(i)) for i in closed), "vicuna_v1")
 
-    first = next(iter(models.values()))
-    columns["language model alone"] = column(first, lambda item: None)
-    for name, model in models.items():
-        columns[name] = column(model, lambda item: item.image)
-    columns["blind"] = column(last, lambda item: item.other)
+    told = {"language model alone": ask_all(first, lambda item: None)}
+    told |= {name: ask_all(model, lambda item: item.image) for name, model in models.items()}
+    told["blind"] = ask_all(last, lambda item: item.other)
+    scores = {}
+    for name, what in (("exact", str), ("verdict", verdict)):
+        guessing = {"guessing": accuracy(closed, guesses(world, closed, what), what)}
+        scores[name] = guessing | {column: accuracy(closed, texts, what) for column, texts in told.items()}
     open_ended = [item for item in items if item.question.kind == "detail"]
     texts = answers(last, world, ((i.question.text, i.image) for i in open_ended), "vicuna_v1")
-    columns["detail"] = describe_scores(open_ended, texts)
-    return columns
+    return scores | {"detail": describe_scores(open_ended, texts)}
 
 
 def describe_scores(items: list[Item], texts: list[str]) -> dict[str, float]:
@@ -169,10 +182,43 @@ def f1(told: list[Counter], true: list[Counter]) -> float:
     return 2 * both / max(1, sum(c.total() for c in told) + sum(c.total() for c in true))
 
 
-def table(columns: dict[str, dict[str, float]]) -> str:
+def summary(scores: dict[str, Columns | dict[str, float]], per_kind: int) -> str:
+    """What ``evaluate`` found, in Markdown."""
+    detail = scores["detail"]
+    return (
+        f"{table(scores['exact'])}\n\nWhole answers in percent, {per_kind} questions of each kind. "
+        f"Counting verdicts alone (the yes or no, the number, the place: an answer's last clause):\n\n"
+        f"{table(scores['verdict'])}\n\n"
+        f"{100 * detail['things']:.1f}% of the detailed descriptions name every thing with all its attributes and "
+        f"invent none; {100 * detail['things and places']:.1f}% also put each in its place."
+    )
+
+
+def table(columns: Columns) -> str:
     """The closed kinds as rows, percent, in Markdown."""
-    names = [name for name in columns if name != "detail"]
-    lines = ["| kind | " + " | ".join(names) + " |", "|---" + "|---:" * len(names) + "|"]
+    lines = ["| kind | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
     for kind in (*KINDS, "mean"):
-        lines.append(f"| {kind} | " + " | ".join(f"{100 * columns[name][kind]:.1f}" for name in names) + " |")
+        lines.append(f"| {kind} | " + " | ".join(f"{100 * column[kind]:.1f}" for column in columns.values()) + " |")
     return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate one model of the miniature world; returns the exit status."""
+    command, _, title, *_ = __doc__.splitlines()
+    parser = argparse.ArgumentParser(usage=command, description=title)
+    parser.add_argument("model", type=Path, help="a checkpoint folder")
+    parser.add_argument("--world", type=Path, required=True, help="the world that train.py miniature has drawn")
+    parser.add_argument("--questions", type=int, default=300, help="questions of each kind (300)")
+    args = parser.parse_args(argv)
+    try:
+        print(summary(evaluate({"model": load(args.model)}, args.world, args.questions), args.questions))
+    except Exception as error:
+        if not (line := one_line(error)):
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,6 +7,7 @@ what was asked ("I see a red star and a blue heart. A blue star? No."): a decode
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,9 +19,7 @@ NUMBERS = ("none", "one", "two", "three")
 PERCEPTION = ("colour", "shape", "size", "count", "existence", "place", "relation")
 REASONING = ("neighbour", "remaining")
 KINDS = PERCEPTION + REASONING
-# "Tell me about the star." makes the model look up three things by one name, which is what it learns last: so it is
-# taught three times as often as the others. It is no kind of the test.
-CONVERSATION = (*PERCEPTION, "look", "look", "look")
+CONVERSATION = (*PERCEPTION, "look")  # "Tell me about the star." is no kind of the test
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,11 @@ def unmistakable(scene: Scene, thing: Thing) -> bool:
     return True
 
 
-def listing(scene: Scene, things: Sequence[Thing], determiner: Callable[[str], str]) -> str:
-    """Things by colour and shape, and by size too where another looks the same: "a red star and a small blue heart"."""
-    looks = [(t.colour, t.shape) for t in scene.things]
-    names = [t.name if looks.count((t.colour, t.shape)) > 1 else f"{t.colour} {t.shape}" for t in things]
-    return join([determiner(name) for name in names])
+def names(scene: Scene, things: Sequence[Thing], attribute: str = "colour") -> list[str]:
+    """Each thing by one attribute and its shape, or by its whole name where another has both: "small blue star"."""
+    looks = Counter((getattr(t, attribute), t.shape) for t in scene.things)
+    short = ((getattr(t, attribute), t.shape) for t in things)
+    return [t.name if looks[look] > 1 else " ".join(look) for t, look in zip(things, short, strict=True)]
 
 
 Candidates = Iterator[tuple[str, str, dict[str, str], str]]  # wording, form, parts, what the answer comes down to
@@ -111,7 +110,7 @@ def ask_one_thing(attribute: str, wordings: tuple[str, ...], scene: Scene, rng: 
         if not references(scene, thing, hidden=attribute):
             continue
         parts = {"it": refer(scene, thing, attribute, rng)}
-        value = PLACES[thing.cell] if attribute == "cell" else getattr(thing, attribute)
+        value = getattr(thing, attribute)
         told = article(value) if attribute == "shape" else value
         for wording in wordings:
             yield wording, f"{{it}} is {told}.", parts, value
@@ -124,25 +123,31 @@ ask_shape = partial(
     ask_one_thing, "shape", ("What shape is {it}?", "What is the shape of {it}?", "Tell me the shape of {it}.")
 )
 ask_size = partial(ask_one_thing, "size", ("Is {it} large or small?", "What size is {it}?", "How big is {it}?"))
-ask_place = partial(
-    ask_one_thing, "cell",
-    ("Where is {it}?", "Where in the picture is {it}?", "In which part of the picture is {it}?"),
-)  # fmt: skip
 
 
-def ask_look(scene: Scene, rng: random.Random) -> Candidates:
-    """All that the question does not say of a thing: three things to look up by one name."""
+def ask_all(hidden: str, wordings: tuple[str, ...], scene: Scene, rng: random.Random) -> Candidates:
+    """All that the question does not say of a thing."""
     for thing in scene.things:
-        it = refer(scene, thing, "", rng)
-        named = it.split()
-        adjectives = [word for word in (thing.size, thing.colour) if word not in named]
-        place = [] if it.endswith(PLACES[thing.cell]) else [PLACES[thing.cell]]
-        if thing.shape in named:
-            told = join([*adjectives, *place])
-        else:
-            told = " ".join([article(" ".join([*adjectives, thing.shape])), *place])
-        for wording in ("What does {it} look like?", "Tell me about {it}.", "Describe {it}."):
-            yield wording, f"{{it}} is {told}.", {"it": it}, str(thing.cell)
+        parts = {"it": refer(scene, thing, hidden, rng)}
+        for wording in wordings:
+            yield wording, f"{{it}} is {unsaid(thing, parts['it'])}.", parts, str(thing.cell)
+
+
+def unsaid(thing: Thing, it: str) -> str:
+    """What the reference ``it`` does not say of a thing, the place last: who has said how a thing looks finds its place
+    more easily. The star is "small and red, at the top", the red object is "a small star at the top"."""
+    named, place = it.split(), PLACES[thing.cell]
+    place = "" if it.endswith(place) else place
+    adjectives = [word for word in (thing.size, thing.colour) if word not in named]
+    if thing.shape not in named:
+        return " ".join([article(" ".join([*adjectives, thing.shape])), place]).rstrip()
+    return ", ".join(filter(None, [" and ".join(adjectives), place]))
+
+
+ask_place = partial(
+    ask_all, "cell", ("Where is {it}?", "Where in the picture is {it}?", "In which part of the picture is {it}?")
+)
+ask_look = partial(ask_all, "", ("What does {it} look like?", "Tell me about {it}.", "Describe {it}."))
 
 
 def groups(scene: Scene, rng: random.Random) -> Iterator[tuple[str, list[Thing]]]:
@@ -160,12 +165,12 @@ def plural(shape: str) -> str:
 
 
 def ask_count(scene: Scene, rng: random.Random) -> Candidates:
-    """The answer says again what is counted, and names it."""
+    """The answer says again what is counted, and goes from thing to thing: "a large red star, no; ..., one"."""
     for what, things in (("objects", scene.things), *groups(scene, rng)):
-        number = NUMBERS[len(things)]
-        named = f"{listing(scene, things, article)}, so {number}" if things else number
+        number, be, numbers = NUMBERS[len(things)], "is" if len(things) == 1 else "are", iter(NUMBERS[1:])
+        seen = "; ".join(f"{article(t.name)}, {next(numbers) if t in things else 'no'}" for t in scene.things)
         for wording in ("How many {what} are there?", "How many {what} can you see in the picture?"):
-            yield wording, f"Looking for {{what}}, I see {named}.", {"what": what}, number
+            yield wording, f"Looking for {{what}}: {seen}; so there {be} {number}.", {"what": what}, number
 
 
 def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
@@ -187,17 +192,16 @@ def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
 
 
 def existence(scene: Scene, attribute: str, value: str, shape: str) -> Candidates:
-    """Is there a shape whose ``attribute`` is ``value``? The sizes are part of the wording, colours and shapes are not:
-    who guesses may answer "large" otherwise than "small"."""
+    """Is there a shape whose ``attribute`` is ``value``? Sizes are part of the wording ("Is there a large {shape}?"),
+    colours are not ("Is there {it}?"): who guesses may answer "large" otherwise than "small"."""
     alike = (t for t in scene.things if t.shape == shape)
     verdict = "yes" if any(attribute == "shape" or getattr(t, attribute) == value for t in alike) else "no"
-    told = "size" if attribute == "size" else "colour"
-    seen = join([article(f"{getattr(t, told)} {t.shape}") for t in scene.things])
-    asked = {"colour": "{coloured}", "size": f"a {value} {{shape}}", "shape": "{any}"}[attribute]
-    parts = {"shape": shape, "any": article(shape), "coloured": article(f"{value} {shape}")}
-    form = f"I see {seen}. {asked}? {verdict}."
-    for wording in ("Is there {}?", "Is there {} in the picture?", "Can you see {}?"):
-        yield wording.format(asked), form, parts, f"{attribute} {verdict}"
+    it = article(f"{value} {shape}".lstrip())
+    asked, parts = (f"a {value} {{shape}}", {"shape": shape}) if attribute == "size" else ("{it}", {"it": it})
+    told = names(scene, scene.things, "size" if attribute == "size" else "colour")
+    form = f"I see {join([article(name) for name in told])}. {asked}? {verdict}."
+    for opening, end in (("Is there ", "?"), ("Is there ", " in the picture?"), ("Can you see ", "?")):
+        yield opening + asked + end, form, parts, f"{attribute} {verdict}"
 
 
 def direction(a: Thing, b: Thing) -> list[str]:
@@ -210,17 +214,19 @@ OPPOSITE = {"to the left of": "to the right of", "above": "below"}
 OPPOSITE |= {b: a for a, b in OPPOSITE.items()}
 EITHER = {"to the left of": "to the left or to the right of", "above": "above or below"}
 EITHER |= {b: EITHER[a] for a, b in OPPOSITE.items() if a in EITHER}
+FROM_IT = {"to the left of": "to its left", "to the right of": "to its right", "above": "above it", "below": "below it"}
 
 
 def ask_relation(scene: Scene, rng: random.Random) -> Candidates:
-    """The answer compares the two places."""
+    """The answer compares the two places, and what it finds with what was asked."""
     for a, b in permutations(scene.things, 2):
         parts = {"a": refer(scene, a, "cell", rng), "b": refer(scene, b, "cell", rng)}
-        seen = f"{{a}} is {PLACES[a.cell]} and {{b}} is {PLACES[b.cell]}"
+        seen = f"{{a}} is {unsaid(a, parts['a'])}; {{b}} is {unsaid(b, parts['b'])}"
         for way in direction(a, b):
-            yield "Is {a} {way} {b}?", f"{seen}. {{way}} it? yes.", parts | {"way": way}, "yes"
-            yield "Is {a} {way} {b}?", f"{seen}. {{way}} it? no.", parts | {"way": OPPOSITE[way]}, "no"
-            yield f"Is {{a}} {EITHER[way]} {{b}}?", f"{seen}, so it is {way.removesuffix(' of')}.", parts, way
+            found = f"{seen}; so {{a}} is {FROM_IT[way]}."
+            for asked, verdict in ((way, "yes"), (OPPOSITE[way], "no")):
+                yield f"Is {{a}} {asked} {{b}}?", f"{found} {FROM_IT[asked]}? {verdict}.", parts, verdict
+            yield f"Is {{a}} {EITHER[way]} {{b}}?", found, parts, way
 
 
 def ask_neighbour(scene: Scene, rng: random.Random) -> Candidates:
@@ -230,23 +236,23 @@ def ask_neighbour(scene: Scene, rng: random.Random) -> Candidates:
         for way, a in ways:
             if [w for w, _ in ways].count(way) == 1:
                 parts = {"way": way, "b": refer(scene, b, "cell", rng)}
-                found = f"{{b}} is {PLACES[b.cell]} and {{way}} it is the"
-                for wording, form, outcome in (
-                    ("What colour is the object {way} {b}?", f"{a.size} {a.shape}, which is {a.colour}", a.colour),
-                    ("What shape is the object {way} {b}?", f"{a.colour} object, which is a {a.shape}", a.shape),
-                    ("Is the object {way} {b} large or small?", f"{a.colour} {a.shape}, which is {a.size}", a.size),
+                found = f"{{b}} is {unsaid(b, parts['b'])}; {FROM_IT[way]} is"
+                for wording, known, asked, outcome in (
+                    ("What colour is the object {way} {b}?", f"{a.size} {a.shape}", a.colour, a.colour),
+                    ("What shape is the object {way} {b}?", f"{a.colour} object", article(a.shape), a.shape),
+                    ("Is the object {way} {b} large or small?", f"{a.colour} {a.shape}", a.size, a.size),
                 ):
-                    yield wording, f"{found} {form}.", parts, outcome
+                    yield wording, f"{found} {article(known)}, which is {asked}.", parts, outcome
 
 
 def ask_remaining(scene: Scene, rng: random.Random) -> Candidates:
     """Take away, see what stays, count it."""
     for what, things in groups(scene, rng):
         stay = [t for t in scene.things if t not in things]
-        named, number = listing(scene, stay, "the {}".format) if stay else "nothing", NUMBERS[len(stay)]
-        form, parts = f"Without the {{what}}, {named} would be left, so {number}.", {"what": what}
-        yield "If the {what} were taken away, how many objects would be left?", form, parts, number
-        yield "How many objects would be left without the {what}?", form, parts, number
+        left, number = join([f"the {name}" for name in names(scene, stay)] or ["nothing"]), NUMBERS[len(stay)]
+        form, parts = f"Without any {{what}}, {left} would be left, so {number}.", {"what": what}
+        yield "If all {what} were taken away, how many objects would be left?", form, parts, number
+        yield "How many objects would be left without any {what}?", form, parts, number
 
 
 CANDIDATES = {
