@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from nanollava.miniature.recipe import RECIPES, run_miniature
 from nanollava.projector import make_projector, whiten
 from nanollava.tokenizer import load_tokenizer
 from nanollava.train.data import Dataset, Example, Report, group_by_image, read_records
-from nanollava.train.loop import Options, check_out, train
+from nanollava.train.loop import Options, check_out, progress, train
 from nanollava.train.stages import STAGES, Stage
 
 ABOVE_0 = ("max_length", "lr", "projector_lr", "clip", "batch_size", "epochs", "steps", "log_every", "parallel")
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except KeyboardInterrupt:
-        saved = args.command != "miniature" and (last_good(args.out) / "training.pt").is_file()
+        saved = args.command != "miniature" and progress(args.out) == "begun"
         again = "the same command and --resume" if saved else "the same command"
         print(f"\ninterrupted: go on with {again}", file=sys.stderr)
         return 130
@@ -197,14 +198,29 @@ def read_data(args: argparse.Namespace, model: Llava, stage: Stage) -> tuple[lis
 
 
 def hold_out(groups: list[list[Example]], share: float, seed: int) -> tuple[list[list[Example]], list[list[Example]]]:
-    """A part to train on and a ``share`` for validation: whole images, with every group that is about them."""
-    subjects: dict[object, list[int]] = {}
-    for i, examples in enumerate(groups):
-        subjects.setdefault(examples[0].images or i, []).append(i)
+    """A part to train on and a ``share`` for validation: no image is in both."""
+    subjects = list(connected(groups))
     order = torch.randperm(len(subjects), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [list(subjects.values())[i] for i in order[: max(1, round(share * len(subjects)))]]
-    held = {i for numbers in chosen for i in numbers}
+    held = {i for subject in order[: max(1, round(share * len(subjects)))] for i in subjects[subject]}
     return [g for i, g in enumerate(groups) if i not in held], [groups[i] for i in sorted(held)]
+
+
+def connected(groups: list[list[Example]]) -> Iterable[list[int]]:
+    """The numbers of the groups, those together that share an image, if only by way of others."""
+    leader, first = list(range(len(groups))), {}  # a group's leader leads to the first group of its kind
+
+    def find(i: int) -> int:
+        while leader[i] != i:
+            leader[i] = i = leader[leader[i]]
+        return i
+
+    for i, examples in enumerate(groups):
+        for name in {name for example in examples for name in example.images}:
+            leader[find(i)] = find(first.setdefault(name, i))
+    subjects: dict[int, list[int]] = {}
+    for i in range(len(groups)):
+        subjects.setdefault(find(i), []).append(i)
+    return subjects.values()
 
 
 @torch.no_grad()
@@ -223,13 +239,13 @@ def read_groups(file: Path, args: argparse.Namespace, model: Llava, stage: Stage
     started = time.perf_counter()
     examples, report = read_records(file, args.images, model.tokenizer, model.config, stage.template)
     seconds = time.perf_counter() - started
-    print(f"{file}: {report.records:,} records read in {seconds:.0f} s, {len(examples):,} to train on", end="")
-    print(f", {report.cut:,} of them cut at {model.config.max_length} positions" if report.cut else "", flush=True)
-    if report.lost:
-        print(f"{report.lost:,} of these end before their first answer: nothing is learnt from them; see --max-length")
+    cut = f", {report.cut:,} of them cut at {model.config.max_length} positions" if report.cut else ""
+    lost = f", {report.lost:,} of these left out for they end before their first answer" if report.lost else ""
+    read = f"{report.records:,} records read in {seconds:.0f} s"
+    print(f"{file}: {read}{cut}{lost}; {len(examples):,} to train on", flush=True)
     if report.problems:
         refuse_or_skip(file, args, report)
-    if examples and report.lost == len(examples):
+    if report.lost and not examples:
         raise Error(f"{file}: nothing to learn: every record ends before its first answer; give a larger --max-length")
     return group_by_image(examples) if args.share_images else [[example] for example in examples]
 

@@ -14,7 +14,10 @@ Shapes: B batch, T positions, H query heads, K key/value heads, E width of a hea
 """
 
 import functools
+import importlib.util
 import math
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,19 +75,21 @@ def attention(mask: Mask, batch: int, queries: int, keys: int, device: torch.dev
     """The function ``attend(q, k, v)`` that carries out ``mask``.
 
     q is (B, H, queries, E), k and v are (B, K, keys, E) with K dividing H; the result is (B, H, queries, E).
-    ``how`` is "plain", "sdpa" or "flex"; None takes flex for packed rows on CUDA and sdpa everywhere else.
+    ``how`` is "plain", "sdpa" or "flex"; None takes flex for packed rows on CUDA, where it can be compiled, and sdpa
+    everywhere else.
     """
     packed = mask.documents is not None or mask.branches is not None
     if how is None:
-        how = "flex" if packed and torch.device(device).type == "cuda" and queries > 1 else "sdpa"
+        fused = packed and torch.device(device).type == "cuda" and queries > 1 and can_compile_kernels()
+        how = "flex" if fused else "sdpa"
     if how == "flex":
         return flex(mask, batch, queries, keys, device)
     if how == "plain":
         return functools.partial(plain, mask.dense(batch, queries, keys, device))
-    # one new token behind a cache sees all of it; is_causal counts from the first key, so it is right only without one
-    everything = not packed and (not mask.causal or (queries == 1 and keys == mask.offset + 1))
-    if everything or (not packed and mask.causal and mask.offset == 0 and queries == keys):
-        return functools.partial(F.scaled_dot_product_attention, is_causal=not everything, enable_gqa=True)
+    # a single new token sees the whole cache; is_causal lets query 0 see key 0 alone, so it is right without a cache
+    unmasked = not packed and (not mask.causal or (queries == 1 and keys == mask.offset + 1))
+    if unmasked or (not packed and mask.causal and mask.offset == 0 and queries == keys):
+        return functools.partial(F.scaled_dot_product_attention, is_causal=not unmasked, enable_gqa=True)
     dense = mask.dense(batch, queries, keys, device)
     return functools.partial(F.scaled_dot_product_attention, attn_mask=dense, enable_gqa=True)
 
@@ -115,6 +120,15 @@ def flex(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) 
     )
     kernel = compiled(flex_attention) if on_cuda else flex_attention
     return functools.partial(kernel, block_mask=blocks, enable_gqa=True)
+
+
+@functools.cache
+def can_compile_kernels() -> bool:
+    """Whether torch.compile can make CUDA kernels: Triton needs a C compiler. Says so, once, where something lacks."""
+    found = importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))
+    if not found:
+        print("no Triton or no C compiler found: packed rows take PyTorch's own attention, more slowly", file=sys.stderr)
+    return bool(found)
 
 
 @functools.cache

@@ -38,7 +38,7 @@ CLIP: Layout = (
     ("", ""),
 )
 LLAMA: Layout = (("lm_head.", "lm_head."), ("model.", ""))
-TOWER = "model.vision_tower.vision_tower.vision_model."
+TOWER = "model.vision_tower.vision_tower.vision_model."  # the official code's wrapper and what it wraps share a name
 LLAVA: Layout = (
     (f"{TOWER}encoder.layers.", "vision.layers."),
     (TOWER, "vision."),
@@ -84,7 +84,7 @@ def load(
 
 
 def load_vision(folder: str | Path, device: Device = "cpu", dtype: torch.dtype | None = None) -> VisionTransformer:
-    """CLIP's image tower in eval mode, from an official folder of a whole CLIP or of the tower alone."""
+    """CLIP's image tower in eval mode, from a folder of a whole CLIP or of the tower alone; dtype, Error: as `load`."""
     folder = files.last_good(folder)
     config, file = files.read_json(folder / "config.json"), folder / "config.json"
     fields.check_kind(config, file, "clip", "clip_vision_model")
@@ -96,7 +96,8 @@ def load_vision(folder: str | Path, device: Device = "cpu", dtype: torch.dtype |
 
 
 def load_language(folder: str | Path, device: Device = "cpu", dtype: torch.dtype | None = None) -> Llama:
-    """A LLaMA-family decoder in eval mode, from an official folder. Its tokenizer: `load_tokenizer` on the same one."""
+    """A LLaMA-family decoder in eval mode, from an official folder; dtype and Error as `load`. Its tokenizer:
+    `load_tokenizer` on the same folder."""
     folder = files.last_good(folder)
     config, file = files.read_json(folder / "config.json"), folder / "config.json"
     fields.check_kind(config, file, "llama")

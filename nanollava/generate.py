@@ -193,14 +193,14 @@ def generate(
     """
     if not prompts:
         return []
-    *_, answers = decode(model, prompts, pixels, sampling, get_template(template or template_of(model)).stop)
+    *_, answers = decode(model, prompts, pixels, sampling, get_template(template or model.config.template).stop)
     return answers
 
 
 def stream(model: Llava, prompt: list[int], pixels: Tensor | None = None, sampling: Sampling = GREEDY) -> Iterator[str]:
     """The answer to one prompt in pieces, as soon as each is certain; joined they are the text of ``generate``."""
     shown = 0
-    for (answer,) in decode(model, [prompt], pixels, sampling, get_template(template_of(model)).stop):
+    for (answer,) in decode(model, [prompt], pixels, sampling, get_template(model.config.template).stop):
         text = answer.text
         if len(text) > shown:
             yield text[shown:]
@@ -213,11 +213,6 @@ def answer(model: Llava, image: str | Path | Image.Image | None, question: str, 
     After stage 1 it is the picture's caption, whatever the question. Raises Error as ``Chat`` does.
     """
     return "".join(Chat(model, **sampling).say(question, image))
-
-
-def template_of(model: Llava) -> str:
-    """The template that the weights were trained with: stage 1 knows only images and their captions."""
-    return "plain" if model.config.stage == "stage1" else model.config.template
 
 
 def pixels_of(model: Llava, image: str | Path | Image.Image) -> Tensor:
@@ -238,7 +233,7 @@ class Chat:
     def __init__(self, model: Llava, **sampling: Any):
         self.model, self.sampling = model, Sampling(**sampling)
         self.tokenizer = need_tokenizer(model.tokenizer)
-        self.captioner = template_of(model) == "plain"
+        self.captioner = model.config.template == "plain"  # of stage 1
         self.reset()
 
     def reset(self, image: str | Path | Image.Image | None = None) -> None:
@@ -263,7 +258,7 @@ class Chat:
             self.waiting = pixels_of(self.model, image)
         before, given = self.messages, ""
         question, pixels = self._question(text), self._pictures()
-        template, shown = template_of(self.model), torch.cat(pixels) if pixels else None
+        template, shown = self.model.config.template, torch.cat(pixels) if pixels else None
         prompt, _ = encode([*before, question], self.tokenizer, template, images=len(pixels))
         try:
             for piece in stream(self.model, prompt, shown, self.sampling):

@@ -34,7 +34,7 @@ def preprocess(image: Image.Image, size: int, mode: str = "crop") -> torch.Tenso
     """A PIL image of any mode and shape -> float32 pixels (3, S, S), S = `size`, normalised by CLIP's mean and std.
 
     "crop" (CLIP, LLaVA v1): the short edge becomes S, the middle square is kept.
-    "pad" (LLaVA v1.5, section 3.4): the picture is centred on a square of the mean colour, then becomes S by S.
+    "pad" (LLaVA v1.5's stage 2): the picture is centred on a square of the mean colour, then becomes S by S.
     Raises Error for an unknown mode or a picture without pixels.
     """
     if mode not in ("crop", "pad"):

@@ -18,6 +18,8 @@ from nanollava.attention import Attend, Mask, attention
 
 @dataclass
 class LlamaConfig:
+    """The sizes of a decoder, by the names of official configs; the defaults are those of LlamaConfig (7B)."""
+
     vocab_size: int = 32000  # V
     hidden_size: int = 4096  # D
     intermediate_size: int = 11008  # width inside SwiGLU
@@ -127,6 +129,9 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
+    """The language model f: (B, T) token ids -> (B, T, V) logits; ``hidden`` takes embeddings (B, T, D) instead, for
+    sequences that are words and image tokens mixed."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config

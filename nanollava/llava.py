@@ -27,6 +27,8 @@ NO_PATCH = -1
 
 @dataclass
 class LlavaConfig:
+    """The sizes of the three parts, and how pictures and conversations reach them; one comment for each field."""
+
     vision: VisionConfig = field(default_factory=VisionConfig)
     language: LlamaConfig = field(default_factory=LlamaConfig)
     projector_type: str = "linear"  # "linear" (the paper) or "mlp2x_gelu" (v1.5)
@@ -93,6 +95,9 @@ class Batch:
 
 
 class Llava(nn.Module):
+    """Vision tower, projector and language model as one network (figure 1): (B, T) ids with -200 for each image and
+    (M, 3, S, S) pixels -> (B, T', V) logits. ``tokenizer`` comes along for those who pass text; it may be None."""
+
     def __init__(self, config: LlavaConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -122,8 +127,8 @@ class Llava(nn.Module):
         """(B, T) ids with -200 for each image, (M, 3, S, S) images in reading order -> (B, T', V) logits.
 
         Rows of different lengths are padded on the right and come with ``lengths`` (B,). T' counts N positions for each
-        image; what is longer than ``max_length`` is cut, as in training. Raises Error where the number of placeholders
-        is not M.
+        image; what is longer than ``max_length`` is cut, as in training. Attention is causal, so no word sees the
+        padding behind it. Raises Error where the number of placeholders is not M.
         """
         rows = token_ids.tolist()
         if lengths is not None:
@@ -153,7 +158,7 @@ class Llava(nn.Module):
 
     def answer(self, image: str | Path | Image.Image | None, question: str, **sampling: Any) -> str:
         """One question about one picture (a path or a PIL image; None: no picture). See ``generate.answer``."""
-        from nanollava.generate import answer  # it stands above this module, which needs it for this method only
+        from nanollava.generate import answer  # here, because generate.py builds on this module
 
         return answer(self, image, question, **sampling)
 

@@ -18,8 +18,8 @@ from nanollava.attention import Attend, Mask, attention
 
 @dataclass
 class VisionConfig:
-    """The defaults are those of official configs, which leave out what is as in ViT-B/32. The paper's ViT-L/14 has
-    S 224, P 14, C 1024, 4096 inside, 24 blocks, 16 heads: N = 256."""
+    """The defaults are those of transformers' CLIPVisionConfig (ViT-B/32): official config.json files list only what
+    differs from it. The paper's ViT-L/14 has S 224, P 14, C 1024, 4096 inside, 24 blocks, 16 heads: N = 256."""
 
     image_size: int = 224  # S, pixels
     patch_size: int = 32  # P, pixels
@@ -98,6 +98,8 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
+    """The vision tower g: (B, 3, S, S) pixels, prepared by ``preprocess`` -> patch features (B, N, C)."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config

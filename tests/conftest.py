@@ -125,7 +125,8 @@ class Trainer:
         self.clip, self.vicuna, self.images = folder / "clip", folder / "vicuna", folder / "images"
         torch.manual_seed(0)
         checkpoint.save_vision(VisionTransformer(VisionConfig(16, 8, 16, 16, 2, 2)), self.clip)
-        checkpoint.save_language(Llama(LlamaConfig(400, 16, 16, 2, 2, 1)), tokenizer, self.vicuna)
+        # heads 16 wide: the fused attention takes none below
+        checkpoint.save_language(Llama(LlamaConfig(400, 32, 16, 2, 2, 1)), tokenizer, self.vicuna)
         self.images.mkdir()
         for seed, name in enumerate("abcd"):
             noise = torch.randint(256, (20, 30, 3), generator=torch.Generator().manual_seed(seed))
@@ -139,8 +140,8 @@ class Trainer:
         """A stage on that data, from clip/ and vicuna/ unless the words name a --model."""
         start = () if "--model" in words else ("--vision", self.clip, "--language", self.vicuna)
         images = () if "--images" in words else ("--images", self.images)
-        where = ("--data", data, "--out", out, *start, *images, "--device", "cpu")
-        return self(f"stage{number}", *where, *words)
+        device = () if "--device" in words else ("--device", "cpu")
+        return self(f"stage{number}", "--data", data, "--out", out, *start, *images, *device, *words)
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def stage_1(scripted_model, tokenizer, tmp_path_factory) -> Path:
     """A stage-1 checkpoint that captions everything with "A small ball"."""
     folder = tmp_path_factory.mktemp("weights") / "stage1"
     chain = [tokenizer.bos_id, *tokenizer.encode("A small ball", bos=False), 13, 50]
-    checkpoint.save(scripted_model([chain], stage="stage1"), folder)
+    checkpoint.save(scripted_model([chain], template="plain", stage="stage1"), folder)
     return folder
 
 

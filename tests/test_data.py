@@ -426,8 +426,8 @@ def test_images_without_an_image_folder_are_an_error_that_says_what_to_add(read)
 def test_images_that_do_not_fit_are_an_error_and_not_cut(read, tokenizer):
     token_ids, _ = encode(messages_from_record(GOOD), tokenizer, "vicuna_v1", images=1)
     enough = token_ids.index(IMAGE) + N
-    examples, report = read([GOOD], config(enough))
-    assert (len(examples), report.cut, report.problems) == (1, 1, [])
+    examples, report = read([GOOD], config(enough))  # but not for an answer
+    assert (len(examples), report.cut, report.lost, report.problems) == (0, 1, 1, [])
     examples, report = read([GOOD], config(enough - 1))
     assert (len(examples), report.cut) == (0, 0) and "1 images do not fit" in report.problems[0]
 

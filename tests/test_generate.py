@@ -512,7 +512,7 @@ def test_the_whole_way_from_a_question_to_an_answer(scripted_model, picture):
 
 
 def test_after_stage_1_every_turn_is_a_caption_of_the_last_picture(tokenizer, prompts, picture):
-    chat = Chat(random_model(tokenizer, stage="stage1"))
+    chat = Chat(random_model(tokenizer, template="plain", stage="stage1"))
     assert chat.captioner
     with pytest.raises(Error, match="give it an image"):
         list(chat.say("What is this?"))
@@ -527,6 +527,6 @@ def test_after_stage_1_every_turn_is_a_caption_of_the_last_picture(tokenizer, pr
 
 def test_a_caption_ends_with_its_line(scripted_model, tokenizer, picture):
     chain = [tokenizer.bos_id, *tokenizer.encode("A small ball", bos=False), 13, 50, 50]
-    model = scripted_model([chain], stage="stage1")
+    model = scripted_model([chain], template="plain", stage="stage1")
     assert tokenizer.decode([13]) == "\n"
     assert model.answer(picture, "Describe it.") == "A small ball"

@@ -1,6 +1,7 @@
 """The miniature world: what is drawn, what is said of it, what is kept apart."""
 
 import json
+import math
 import random
 import re
 import shutil
@@ -11,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from nanollava.conversation import messages_from_record
+from nanollava.conversation import IGNORE, messages_from_record
 from nanollava.error import Error
 from nanollava.evaluate import miniature as evaluation
 from nanollava.llama import Llama, LlamaConfig
+from nanollava.llava import LlavaConfig
 from nanollava.miniature import language, pretrain, scenes, teacher, world
 from nanollava.miniature.language import KINDS, NUMBERS
 from nanollava.miniature.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing, draw, random_scene
+from nanollava.tokenizer import Tokenizer
 
 SCENE = Scene((Thing(0, "large", "red", "star"), Thing(2, "small", "red", "heart"), Thing(7, "small", "blue", "star")))
 
@@ -273,14 +276,18 @@ def only(scene: Scene, phrase: str) -> Thing:
     return thing
 
 
-@pytest.mark.parametrize("kind", ["existence", "relation", "size"])
-def test_guessing_a_two_way_question_is_right_half_of_the_time(kind):
-    rng, answers = random.Random(4), defaultdict(Counter)
+FAIR = {"size": 0.5, "existence": 0.5, "relation": 0.5, "colour": 1 / 8, "shape": 1 / 6, "place": 1 / 9}
+
+
+@pytest.mark.parametrize("kind", FAIR)
+def test_the_most_frequent_verdict_of_a_wording_is_hardly_more_frequent_than_the_others(kind):
+    rng, verdicts = random.Random(4), defaultdict(Counter)
     for scene in some_scenes(9000):
         if question := language.ask(scene, kind, rng):
-            answers[question.wording][last_word(question.answer)] += 1
-    for counts in answers.values():
-        assert max(counts.values()) / counts.total() < 0.57  # 3 standard deviations of 500 fair draws: 0.067
+            place = re.search(rf"({LONGEST_FIRST})\.$", question.answer)
+            verdicts[question.wording][place[1] if kind == "place" else last_word(question.answer)] += 1
+    for counts in verdicts.values():
+        assert max(counts.values()) / counts.total() < FAIR[kind] + 0.07  # 3 standard deviations of 500 draws at 1/2
 
 
 def test_a_description_read_back_is_the_scene():
@@ -334,6 +341,41 @@ def test_a_world_is_the_same_every_time(small_world, tmp_path):
     files = sorted(p.relative_to(small_world) for p in small_world.rglob("*") if p.is_file())
     assert len(files) == 80 + 12 + 24 + 6 + 4
     assert all((tmp_path / f).read_bytes() == (small_world / f).read_bytes() for f in files)
+
+
+def test_the_contrastive_loss_by_hand():
+    """Two images and two captions; cosines by a second formula, both directions of the cross-entropy written out."""
+    torch.manual_seed(0)
+    clip = pretrain.Clip(pretrain.VISION, vocab_size=50)
+    pixels, captions = torch.randn(2, 3, 48, 48), [[3, 4, 5], [6, 7]]
+    with torch.no_grad():
+        a, b = clip.visual_projection(clip.vision.pooled(pixels))
+        c, d = (clip.text_projection(clip.text([caption])[0]) for caption in captions)
+        s = {(i, j): 10 * (x @ y / (x.norm() * y.norm())).item() for i, x in enumerate((a, b)) for j, y in enumerate((c, d))}
+        rows = [math.log(math.exp(s[i, 0]) + math.exp(s[i, 1])) - s[i, i] for i in (0, 1)]
+        columns = [math.log(math.exp(s[0, i]) + math.exp(s[1, i])) - s[i, i] for i in (0, 1)]
+        assert clip.loss(pixels, captions).item() == pytest.approx(sum(rows + columns) / 4, rel=1e-4)
+
+
+def test_a_batch_of_contrastive_training_is_whole_families_and_single_things_come_first(small_world):
+    images, steps = world.read_split(small_world, "train"), 8
+    for step, numbers in enumerate(pretrain.draw_families(images, steps, families=3)):
+        families = [numbers[i : i + world.FAMILY] for i in range(0, len(numbers), world.FAMILY)]
+        assert all(f[0] % world.FAMILY == 0 and f == list(range(f[0], f[0] + world.FAMILY)) for f in families)
+        if step < pretrain.SHARE_OF_SINGLE_THINGS * steps:
+            assert all(len(images[n].scene.things) == 1 for n in numbers)
+    assert step == steps - 1
+
+
+def test_of_a_summary_only_the_summary_is_learnt(tiny_tokenizer_file):
+    tokenizer = Tokenizer(tiny_tokenizer_file)
+    turns = [{"from": "human", "value": "A red star."}, {"from": "gpt", "value": "A star."}]
+    config = LlavaConfig(pretrain.VISION, LlamaConfig(400), max_length=256)
+    example = pretrain.make_text({"id": "1", "kind": "summary", "conversations": turns}, tokenizer, config)
+    learnt = example.labels != IGNORE
+    assert tokenizer.decode(example.token_ids[learnt]) == "A star.\n"
+    assert tokenizer.decode(example.token_ids[~learnt]) == "A red star." and not example.images
+    assert (example.labels[learnt] == example.token_ids[learnt]).all()
 
 
 def test_at_the_start_of_clip_a_patch_holds_nothing_of_its_neighbours():

@@ -92,7 +92,7 @@ def test_an_error_in_a_stage_is_one_line(finished, monkeypatch, capsys):
 def test_steps_of_another_recipe_are_not_taken_for_this_ones(finished, capsys):
     assert train.main(["miniature", "--recipe", "demo", "--out", str(finished / "run")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {finished / 'run'} holds a run with other numbers") and "recipe.json" in said
+    assert said.startswith(f"error: {finished / 'run'} holds a run with other numbers or of another version") and "recipe.json" in said
     (finished / "run/recipe.json").rename(finished / "recipe.json")
     assert train.main(["miniature", "--recipe", "smoke", "--out", str(finished / "run")]) == 2
     (finished / "recipe.json").rename(finished / "run/recipe.json")
@@ -189,6 +189,37 @@ def test_a_verdict_is_guessed_and_counted_without_its_evidence(tmp_path):
 ])  # fmt: skip
 def test_an_answer_s_verdict_is_its_last_clause(answer, comes_down_to):
     assert evaluation.verdict(answer) == comes_down_to
+
+
+def test_each_column_is_asked_of_its_own_model_about_its_own_image(finished, monkeypatch):
+    """A stand-in for models: right where it is shown the question's own image and is the second of the two."""
+    world, models = finished / "run/world", {"after stage 1": "one", "after stage 2": "two"}
+    items = evaluation.make_items(world, per_kind=12)
+    right = {(item.question.text, item.image.id): item.question.answer for item in items}
+    others = [(item.question.text, item.other.id) for item in items if item.question.kind in KINDS]
+    asked = []
+
+    def stand_in(model, folder, questions, template):
+        questions = [(text, image and image.id) for text, image in questions]
+        asked.append((model, {image for _, image in questions}))
+        return [right.get(question, "") if model == "two" else "" for question in questions]
+
+    monkeypatch.setattr(evaluation, "answers", stand_in)
+    scores = evaluation.evaluate(models, world, per_kind=12)
+    assert [model for model, _ in asked] == ["one", "one", "two", "two", "two"] and asked[0][1] == {None}
+    assert asked[3][1] == {image for _, image in others}
+    exact = scores["exact"]
+    assert exact["after stage 2"]["mean"] == 1 and exact["after stage 1"]["mean"] == 0 and exact["blind"]["mean"] < 0.2
+    assert scores["detail"] == {"things": 1, "things and places": 1}
+
+
+def test_captions_are_held_against_their_own_image_and_the_next_one_s(finished, monkeypatch):
+    world = finished / "run/world"
+    images = evaluation.read_split(world, "test")[:5]
+    told = [" ".join(thing.name for thing in image.scene.things) for image in images]
+    monkeypatch.setattr(evaluation, "answers", lambda *_: told)
+    own, others = evaluation.caption_f1(None, world, count=5)
+    assert own == 1 and others < 0.8
 
 
 def test_one_model_is_evaluated_from_the_command_line(finished, capsys):

@@ -12,7 +12,7 @@ from nanollava.conversation import IGNORE
 from nanollava.llava import LlavaConfig
 from nanollava.tokenizer import load_tokenizer
 from nanollava.train.data import Dataset, read_records
-from nanollava.train.loop import Options, Run
+from nanollava.train.loop import Options, Run, count_targets
 from nanollava.train.stages import STAGES, freeze, parameter_table
 
 CONVERSATION = {
@@ -93,15 +93,16 @@ def test_a_folder_says_which_stage_and_template_made_it(trainer, data, aligned, 
 
 
 def by_hand(width: int = 16, vocabulary: int = 400) -> dict[str, int]:
-    """The sizes of the tiny parts: image 16, patch 8, inner width 16, 2 layers; 2 heads of 8, 1 key/value head."""
+    """The sizes of the tiny parts: image 16, patch 8, 2 layers; inside them 16; the language model is 32 wide."""
     attention, mlp, norms = 4 * (width * width + width), 2 * (16 * width + width), 4 * width
     embeddings = width + 3 * 8 * 8 * width + (1 + 4) * width
     vision = embeddings + 2 * width + 2 * width + 2 * (attention + mlp + norms)
-    block = 2 * width * width + 2 * width * 8 + 3 * 16 * width + 2 * width
+    D = 32
+    block = 2 * D * D + 2 * D * 16 + 3 * 16 * D + 2 * D  # one key/value head of 16 for two of queries
     return {
         "vision": vision,
-        "projector": width * width + width,
-        "language": 2 * vocabulary * width + 2 * block + width,
+        "projector": width * D + D,
+        "language": 2 * vocabulary * D + 2 * block + D,
     }
 
 
@@ -141,7 +142,8 @@ def test_frozen_parts_get_no_gradients_and_all_of_the_others_do(stage, trained, 
         tmp_path,
         Options(1e-3, None, 1, 1),
     )
-    assert run.backward(run.data.batches([0])) > 0
+    batches = run.data.batches([0])
+    assert run.backward(batches, count_targets(batches)) > 0
     for part in STATES:
         gradients = [p.grad for p in getattr(model, part).parameters()]
         if part in trained:

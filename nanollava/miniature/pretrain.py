@@ -19,16 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanollava.attention import Mask, attention
-from nanollava.checkpoint import save_language, save_vision
+from nanollava.checkpoint import load, save_language, save_vision
 from nanollava.conversation import IGNORE, messages_from_record, render
-from nanollava.folder import last_good
 from nanollava.images import open_image, preprocess
 from nanollava.llama import Llama, LlamaConfig
 from nanollava.llava import Llava, LlavaConfig, pad
 from nanollava.miniature.world import FAMILY, Annotated, read_split
 from nanollava.tokenizer import Tokenizer, load_tokenizer
 from nanollava.train.data import Dataset, Example, group, make_example, read_list
-from nanollava.train.loop import Options, minutes, train
+from nanollava.train.loop import Options, minutes, progress, train
 from nanollava.train.machine import keep_freed_memory
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
 from nanollava.train.stages import Stage
@@ -38,7 +37,7 @@ from nanollava.vit import Block, VisionConfig, VisionTransformer
 VISION = VisionConfig(48, 16, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
 LANGUAGE_STAGE = Stage("language", ("language",), "vicuna_v1", lr=2e-3, batch_size=6, epochs=1)
 ASCII = "".join(map(chr, range(33, 127)))
-SHARE_OF_SINGLE_THINGS = 0.25  # of the contrastive steps: a word for each attribute first, who has which afterwards
+SHARE_OF_SINGLE_THINGS = 0.25  # of the contrastive steps: first what "red" and "star" look like, then which is which
 
 
 def train_tokenizer(world: Path, folder: Path) -> Tokenizer:
@@ -168,11 +167,9 @@ def pretrain_language(world: Path, folder: Path, tokenizer: Tokenizer, steps: in
     stage = LANGUAGE_STAGE
     options = Options(stage.lr, None, stage.batch_size, steps, optimizer="muon", save_every=500, log_every=50)
     run = folder.with_name(folder.name + ".run")
-    resume = (last_good(run) / "training.pt").is_file()
-    if not resume:
-        shutil.rmtree(run, ignore_errors=True)
-    train(model, stage, data, None, run, options, resume)
-    save_language(model.language, tokenizer, folder)
+    if progress(run) != "finished":
+        train(model, stage, data, None, run, options, resume=progress(run) == "begun")
+    save_language(load(run).language, tokenizer, folder)
     shutil.rmtree(run)
 
 

@@ -8,6 +8,7 @@ import os
 import random
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,11 +20,11 @@ from PIL import Image
 from nanollava.checkpoint import load, write
 from nanollava.error import Error
 from nanollava.evaluate.miniature import caption_f1, evaluate, summary
-from nanollava.folder import atomic_folder, check_replaceable, check_writable, last_good, read_json
-from nanollava.miniature import pretrain, world
+from nanollava.folder import atomic_folder, check_replaceable, check_writable, read_json
+from nanollava.miniature import language, pretrain, scenes, teacher, world
 from nanollava.miniature.scenes import Scene, Thing, draw, random_scene
 from nanollava.tokenizer import load_tokenizer
-from nanollava.train.loop import minutes
+from nanollava.train.loop import minutes, progress
 from nanollava.train.machine import in_processes, processor
 
 Command = Callable[[list[str]], None]  # does a train.py command as typed; raises what goes wrong
@@ -86,6 +87,7 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
             "--share-images", "--batch-size", 8, "--steps", recipe.stage2_steps, "--val-every", 500,
             "--optimizer", "muon", "--lr", "2e-3", "--parallel", min(4, torch.get_num_threads()), *shared,
         ])  # fmt: skip
+    clock.seconds.pop("evaluation", None)  # it is always done anew
     with clock.step("evaluation", "Evaluation: answers generated about scenes never seen"):
         if bundle:
             give_away(stage2, bundle)
@@ -110,12 +112,16 @@ def check_bundle(bundle: Path, out: Path) -> None:
 
 
 def keep_to(recipe: Recipe, out: Path) -> None:
-    """Raises Error where another recipe was begun in this folder: its finished steps would be taken for this one's."""
-    file, words = out / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n"
+    """Raises Error where another recipe, or this one with other code, was begun in this folder: its finished steps
+    would be taken for this one's."""
+    parts = (scenes, language, teacher, world, pretrain)
+    code = zlib.crc32(b"".join(Path(part.__file__).read_bytes() for part in parts))
+    file, words = out / "recipe.json", json.dumps({**asdict(recipe), "code": f"{code:08x}"}, indent=2) + "\n"
     if file.exists() and file.read_bytes() == words.encode():
         return
     if file.exists() or (out / "world").exists():
-        raise Error(f"{out} holds a run with other numbers (recipe.json there); choose another --out, or delete it")
+        problem = "holds a run with other numbers or of another version (recipe.json there)"
+        raise Error(f"{out} {problem}; choose another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(".new")
     new.write_text(words)
@@ -130,9 +136,9 @@ def python() -> str:
 def pretrain_parts(drawn: Path, clip: Path, vicuna: Path, recipe: Recipe, clock: "Clock") -> None:
     """CLIP and Vicuna know nothing of each other, so they are made at the same time."""
     tokenizer, missing = load_tokenizer(drawn.with_name("tokenizer")), {}
-    if not (last_good(clip) / "config.json").exists():
+    if progress(clip) != "finished":
         missing["CLIP"] = pretrain.pretrain_vision, (drawn, clip, tokenizer, recipe.clip_steps)
-    if not (last_good(vicuna) / "config.json").exists():
+    if progress(vicuna) != "finished":
         missing["Vicuna"] = pretrain.pretrain_language, (drawn, vicuna, tokenizer, recipe.language_steps)
     if missing:
         title = "A small CLIP: which caption belongs to which picture? A small Vicuna: scenes told in words"
@@ -168,10 +174,10 @@ class Clock:
 
 def run_stage(command: Command, folder: Path, words: list) -> None:
     """One training command, unless its result is there; resumed where it was cut."""
-    begun = (last_good(folder) / "config.json").exists()
-    if begun and not (last_good(folder) / "training.pt").exists():
+    done = progress(folder)
+    if done == "finished":
         return
-    words = [str(word) for word in [*words, "--out", folder]] + ["--resume"] * begun
+    words = [str(word) for word in [*words, "--out", folder]] + ["--resume"] * (done == "begun")
     print("python train.py " + " ".join(words), flush=True)
     command(words)
 

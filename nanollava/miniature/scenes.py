@@ -89,7 +89,7 @@ def random_scene(rng: random.Random, split: str, count: int | None = None) -> Sc
 def near_misses(scene: Scene, rng: random.Random, count: int) -> list[Scene]:
     """``count`` scenes of the same split that differ from ``scene`` and each other in as little as possible: attributes
     exchanged between two things, one attribute changed, a thing moved. They are what a contrastive tower must tell
-    apart, and chance would almost never draw them."""
+    apart, and chance would almost never draw them. (A caption without places fits two that differ in nothing else.)"""
     found = [scene]
     while len(found) <= count:
         things = list(scene.things)

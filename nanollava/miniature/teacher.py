@@ -1,7 +1,7 @@
-"""The miniature's teacher: captions and boxes become instruction records (LLaVA section 3 and table 1).
+"""The miniature's teacher: boxes become instruction records, captions stage 1's (LLaVA section 3 and table 1).
 
-As GPT-4 in the paper, it never sees a pixel: what it knows of an image is its captions and its boxes. It makes the
-three kinds of record in the paper's proportions, 58K conversations : 23K detailed descriptions : 77K of reasoning.
+Like GPT-4 in the paper, which read both for its instructions, it never sees a pixel. It makes the three kinds of record
+in the paper's proportions, 58K conversations : 23K detailed descriptions : 77K of reasoning.
 """
 
 import random

@@ -1,6 +1,7 @@
 """Records in the official format become packed batches (LLaVA section 4.2).
 
-    JSON file -> checked records -> examples (ids, labels, images) -> documents -> rows of at most max_length positions
+    JSON file -> checked records -> examples (ids, labels, images) -> groups, the units that a step draws
+    -> documents -> rows of at most max_length positions -> micro-batches
 
 Nothing is padded that can be packed: short documents share a row and do not see each other. Records about the same
 image can share one copy of it (``group_by_image``): the tokens that they begin with become the document's shared
@@ -42,7 +43,7 @@ class Report:
 
     problems: list[str] = field(default_factory=list)  # one line for each bad record, its id first
     cut: int = 0  # longer than max_length: their ends are lost
-    lost: int = 0  # of these, records cut before the first word of an answer: nothing is learnt from them
+    lost: int = 0  # of these, records cut before the first word of an answer: left out, nothing is learnt from them
     records: int = 0
 
 
@@ -98,8 +99,10 @@ def read_records(
             continue
         length = len(example.token_ids) + len(example.images) * (config.vision.num_patches - 1)
         report.cut += length > config.max_length
-        report.lost += first_target(example, config.vision.num_patches) >= config.max_length
-        examples.append(example)
+        if first_target(example, config.vision.num_patches) >= config.max_length:
+            report.lost += 1
+        else:
+            examples.append(example)
     return examples, report
 
 
@@ -165,8 +168,8 @@ def documents(examples: list[Example], num_patches: int, max_length: int) -> Ite
 
 
 def shared_length(spliced: list[Spliced]) -> int:
-    """How many positions all sequences begin with in common, at least one before the first that carries loss: a
-    target is predicted from the position in front of it, which must be its branch's own."""
+    """How many positions all sequences begin with in common, ending before the position in front of the first target:
+    a target is predicted from there, so that position must be its branch's own."""
     columns = zip(*(zip(s.token_ids, s.patches, strict=True) for s in spliced), strict=False)
     common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     targets = min(next((i for i, label in enumerate(s.labels) if label != IGNORE), len(s.labels)) for s in spliced)

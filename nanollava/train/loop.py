@@ -56,22 +56,32 @@ def train(
     Run(model, stage, data, val, out, options).run(resume)
 
 
+def progress(out: Path) -> str:
+    """Of a run in ``out``: "none" was saved, it was "begun", or it is "finished"."""
+    folder = last_good(out)
+    if not (folder / "config.json").is_file():
+        return "none"
+    return "begun" if (folder / "training.pt").is_file() else "finished"
+
+
 def check_out(out: Path, resume: bool) -> None:
     """Raises Error where a new run cannot begin in ``out``, or where there is none to resume. Changes nothing in it."""
-    folder = last_good(out)
-    unfinished = (folder / "training.pt").is_file()
-    if resume and not unfinished and (folder / "config.json").is_file():
+    folder, done = last_good(out), progress(out)
+    if resume and done == "finished":
         stage = read_json(folder / "config.json").get("stage") or "a model"
         raise Error(f"{out}: nothing to resume: it holds {stage}, finished; choose another --out for a new run")
-    if resume and not unfinished:
+    if resume and done == "none":
         raise Error(f"{out}: nothing to resume: no checkpoint was saved there; start without --resume")
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if not resume and occupied:
-        raise Error(f"{out} exists: {'go on with --resume, or ' if unfinished else ''}choose another --out")
+        raise Error(f"{out} exists: {'go on with --resume, or ' if done == 'begun' else ''}choose another --out")
     check_writable(out)
 
 
 class Run:
+    """One training run: the model, its optimizers, and how far it has come. ``run`` does it, from the start or from
+    what ``out`` holds."""
+
     def __init__(self, model: Llava, stage: Stage, data: Dataset, val: Dataset | None, out: Path, options: Options):
         self.model, self.stage, self.data, self.val, self.out, self.options = model, stage, data, val, out, options
         freeze(model, stage)
@@ -111,30 +121,34 @@ class Run:
                 entry["val_loss"] = self.validate()
             self.report(entry, last)
             due = self.options.save_every and self.step % self.options.save_every == 0
-            if not last and (due or interrupted()):
+            stop = interrupted()  # asked once: what it promises, a save, comes before the end
+            if not last and (due or stop):
                 self.save()
-            if not last and interrupted():
+            if not last and stop:
                 raise KeyboardInterrupt
 
     def update(self, batches: list[Batch]) -> dict:
-        """One optimizer step on micro-batches; the loss is the mean over all their target tokens."""
+        """One optimizer step on micro-batches; the loss is the mean over all their target tokens, or None where they
+        have none (all of their images were damaged): then nothing is updated."""
         share = warmup_cosine(self.step, self.options.steps, self.options.warmup)
         set_learning_rate(self.optimizers, share)
-        loss = self.backward(batches)
-        norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.options.clip)
+        rates = {"lr": share * self.options.lr, "projector_lr": share * self.rates["projector"]}
         self.step += 1
+        targets = count_targets(batches)
+        if not targets:
+            return {"step": self.step, "loss": None, **rates, "grad_norm": None}
+        loss = self.backward(batches, targets)
+        norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.options.clip)
         if not math.isfinite(loss + norm):
             what = "gradient" if math.isfinite(loss) else "loss"
             raise Error(f"step {self.step}: the {what} is not a finite number; start again with a lower --lr")
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        rates = {"lr": share * self.options.lr, "projector_lr": share * self.rates["projector"]}
         return {"step": self.step, "loss": loss, **rates, "grad_norm": float(norm)}
 
-    def backward(self, batches: list[Batch]) -> float:
-        """The mean loss over all target tokens of the micro-batches, and its gradients."""
-        targets = sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)
+    def backward(self, batches: list[Batch], targets: int) -> float:
+        """The mean loss over all ``targets`` of the micro-batches, and its gradients."""
         self.targets += targets
         self.tokens += sum(int((b.documents >= 0).sum()) for b in batches)
         params, total = [p for p in self.model.parameters() if p.requires_grad], 0.0
@@ -149,7 +163,7 @@ class Run:
     def gradients(self, batch: Batch, targets: int, params: list[nn.Parameter]) -> tuple[float, tuple]:
         """The loss of one micro-batch as a share of its step's, and its gradients: returned, not added up here, for
         threads may not add to one ``p.grad`` at the same time."""
-        loss = self.loss(batch) / max(1, targets)
+        loss = self.loss(batch) / targets
         return loss.item(), torch.autograd.grad(loss, params, allow_unused=True)
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -170,15 +184,15 @@ class Run:
                     ahead = pool.submit(make)
                 yield batches
 
-    def validate(self) -> float:
-        """Mean loss over the target tokens of the validation set."""
+    def validate(self) -> float | None:
+        """Mean loss over the target tokens of the validation set; None where it has none."""
         total, targets = 0.0, 0
         for first in range(0, len(self.val), self.options.batch_size):
             numbers = range(first, min(first + self.options.batch_size, len(self.val)))
             batches = self.val.batches(numbers, self.options.rows_at_once, self.parallel)
             total += sum(self.pool.map(self.loss_alone, batches))
-            targets += sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)
-        return total / max(1, targets)
+            targets += count_targets(batches)
+        return total / targets if targets else None
 
     @torch.no_grad()
     def loss_alone(self, batch: Batch) -> float:
@@ -191,11 +205,11 @@ class Run:
         self.metrics.append(entry)
         if last or "val_loss" in entry or self.step % self.options.log_every == 0 or self.step == self.first + 1:
             left = elapsed / (self.step - self.first) * (self.options.steps - self.step)
-            val = f"  val {entry['val_loss']:.4f}" if "val_loss" in entry else ""
+            val = f"  val {decimals(entry['val_loss'])}" if "val_loss" in entry else ""
             print(
-                f"{self.stage.name} {self.step:>5}/{self.options.steps}  loss {entry['loss']:.4f}{val}  "
+                f"{self.stage.name} {self.step:>5}/{self.options.steps}  loss {decimals(entry['loss'])}{val}  "
                 f"{entry['tokens_per_s']:,} tokens/s  waiting for data {100 * self.waited / elapsed:.0f}%  "
-                f"{peak_memory(self.on_cuda):.1f} GB  {minutes(left)} left",
+                f"{peak_memory(self.model.device):.1f} GB  {minutes(left)} left",
                 flush=True,
             )
 
@@ -263,6 +277,15 @@ def draw(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[lis
         while len(numbers) >= batch_size:
             yield numbers[:batch_size]
             numbers = numbers[batch_size:]
+
+
+def count_targets(batches: list[Batch]) -> int:
+    """How many positions are to be predicted."""
+    return sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)
+
+
+def decimals(loss: float | None) -> str:
+    return "none" if loss is None else f"{loss:.4f}"
 
 
 def minutes(seconds: float) -> str:

@@ -20,10 +20,10 @@ import torch
 from nanollava.error import Error
 
 
-def peak_memory(on_cuda: bool) -> float:
-    """Largest memory taken so far, in GB."""
-    if on_cuda:
-        return torch.cuda.max_memory_allocated() / 1e9
+def peak_memory(device: torch.device) -> float:
+    """Largest memory taken so far on a GPU, or by this process, in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)
 

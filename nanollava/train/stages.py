@@ -1,4 +1,4 @@
-"""What each stage trains, and with which settings (LLaVA section 4.2; the figures of the official scripts).
+"""What each stage trains (LLaVA section 4.2), and with which settings (section 5; templates as in the official code).
 
     stage 1  feature alignment pre-training: the projector alone, captions, no conversation
     stage 2  visual instruction tuning: projector and language model, conversations
