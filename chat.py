@@ -13,7 +13,7 @@ from contextlib import closing, suppress
 from itertools import chain
 from pathlib import Path
 
-from nanollava.error import Error, one_line  # light: what needs PyTorch is imported late, so that --help is instant
+from nanollava.error import Error, forgive_encoding, one_line  # light: what needs PyTorch is imported late, so that --help is instant
 
 MINIATURE = Path(__file__).resolve().parent / "weights" / "miniature"
 SAMPLE = MINIATURE / "sample.png"
@@ -33,9 +33,7 @@ It captions the image, whatever you say; for a conversation take a stage-2 check
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = arguments(argv)
-    for file in (sys.stdin, sys.stdout):
-        if hasattr(file, "reconfigure"):  # odd bytes in a pipe, or a terminal without Unicode, are no reason to stop
-            file.reconfigure(errors="replace")
+    forgive_encoding()
     try:
         return run(args)
     except KeyboardInterrupt:

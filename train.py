@@ -18,7 +18,7 @@ import torch
 
 from nanollava.checkpoint import load, load_language, load_vision
 from nanollava.config import LARGEST
-from nanollava.error import Error, first_line, one_line
+from nanollava.error import Error, first_line, forgive_encoding, one_line
 from nanollava.folder import last_good
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.miniature.recipe import RECIPES, run_miniature
@@ -35,14 +35,15 @@ SHARES = ("val_fraction", "warmup")  # from 0 up to, not including, 1
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    forgive_encoding()
     try:
         args.run(args)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError) as error:
         saved = args.command != "miniature" and progress(args.out) == "begun"
         again = "the same command and --resume" if saved else "the same command"
         print(f"\ninterrupted: go on with {again}", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
+        if isinstance(error, KeyboardInterrupt):
+            return 130
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         return 1
     except Exception as error:
@@ -121,6 +122,9 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     if model.tokenizer is None:
         raise Error(f"{args.model}: no tokenizer.model in it; training needs one")
     groups, val = read_data(args, model, stage)
+    if args.batch_size > len(groups):
+        print(f"--batch-size {args.batch_size}: there are {len(groups)} to draw, so a step takes all of them")
+        args.batch_size = len(groups)
     steps = args.steps or max(1, round(args.epochs * len(groups) / args.batch_size))
     options = Options(steps=steps, **{name: getattr(args, name) for name in Options.__annotations__ if name != "steps"})
     datasets = [Dataset(g, args.images, model.config) if g else None for g in (groups, val)]
@@ -191,7 +195,8 @@ def read_data(args: argparse.Namespace, model: Llava, stage: Stage) -> tuple[lis
     if args.val_fraction:
         groups, val = hold_out(groups, args.val_fraction, args.seed)
     if not groups:
-        raise Error(f"{args.data}: no record left to train on")
+        blame = f"--val-fraction {args.val_fraction} of {args.data}" if val else args.data
+        raise Error(f"{blame}: no record left to train on")
     if args.val and not val:
         raise Error(f"{args.val}: no record left to validate on")
     return groups, val
@@ -243,6 +248,8 @@ def read_groups(file: Path, args: argparse.Namespace, model: Llava, stage: Stage
     lost = f", {report.lost:,} of these left out for they end before their first answer" if report.lost else ""
     read = f"{report.records:,} records read in {seconds:.0f} s"
     print(f"{file}: {read}{cut}{lost}; {len(examples):,} to train on", flush=True)
+    if report.unmarked:
+        print(f"{report.unmarked:,} records have an image that no <image> mark points to: they are read as text alone")
     if report.problems:
         refuse_or_skip(file, args, report)
     if report.lost and not examples:

@@ -1,4 +1,6 @@
-"""The one exception that says what a user did wrong."""
+"""The one exception that says what a user did wrong, and how to say it on a terminal."""
+
+import sys
 
 
 class Error(Exception):
@@ -8,9 +10,10 @@ class Error(Exception):
 def one_line(error: Exception) -> str | None:
     """What to say of an exception that is the user's or the machine's doing; None where it is a mistake of ours."""
     if isinstance(error, Error):
-        return str(error)
+        return printable(str(error))
     if isinstance(error, OSError):
-        return f"{error.filename or 'output'}: {error.strerror or first_line(error)}; check the path and the disk"
+        name = printable(str(error.filename or "output"))
+        return f"{name}: {error.strerror or first_line(error)}; check the path and the disk"
     if "Symlink loop" in str(error):
         return f"{first_line(error)}; check the path"
     if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
@@ -21,3 +24,16 @@ def one_line(error: Exception) -> str | None:
 def first_line(error: Exception) -> str:
     """What another library's exception says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def printable(text: str, longest: int = 2000) -> str:
+    """A text that may come from a user's file as one line that a terminal can show."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return shown if len(shown) <= longest else shown[:longest] + " ..."
+
+
+def forgive_encoding() -> None:
+    """Odd bytes in a pipe, or a terminal without Unicode, are no reason to stop."""
+    for file in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(file, "reconfigure"):
+            file.reconfigure(errors="replace")

@@ -6,7 +6,6 @@ files, with torch.load(weights_only=True), which builds tensors and runs no code
 
 import json
 import os
-import pickle
 import shutil
 import tempfile
 import zipfile
@@ -20,6 +19,8 @@ from torch import Tensor
 
 from nanollava.error import Error, first_line
 
+# what belongs to a checkpoint, so that nothing of it outlives its replacement
+OWN = ("*.safetensors", "*.bin", "*.pt", "*.index.json", "tokenizer*", "added_tokens.json", "special_tokens_map.json")
 LFS_POINTER = b"version https://git-lfs"  # how a file begins that git cloned without its contents
 
 
@@ -34,6 +35,8 @@ def read_json(file: Path) -> dict:
         raise Error(f"{file}: no such file; a checkpoint folder needs it, is the download complete?")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+    except PermissionError as error:
+        raise Error(f"{file}: may not be read here; mend its permissions") from error
     except (OSError, ValueError, RecursionError) as error:
         raise Error(f"{file}: cannot be read as JSON ({first_line(error)}); download or write it again") from error
     if not isinstance(content, dict):
@@ -97,15 +100,22 @@ def _opened(file: Path):
         else:
             with safe_open(file, framework="pt") as handle:
                 yield handle
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except PermissionError as error:
+        raise Error(f"{file}: may not be read here; mend its permissions") from error
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise Error(f"{file}: damaged or incomplete ({first_line(error)}); download it again") from error
 
 
 def _load_bin(file: Path) -> dict[str, Tensor]:
     """The tensors of a file by torch.save; memory-mapped, so that only what is used is read (files from before 2020 are
     no zip archives and cannot be mapped)."""
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except PermissionError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way, and torch's words advise to load it unsafely
+        raise Error(f"{file}: damaged, or no file of weights ({type(error).__name__}); download it again") from error
+    if not isinstance(content, dict) or not all(isinstance(x, Tensor) and isinstance(k, str) for k, x in content.items()):
         raise Error(f"{file}: expected a dictionary of tensors; is it a file of weights?")
     return content
 
@@ -123,6 +133,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     The new folder is `.NAME.saving` beside `path`, flushed to the disk before it gets its name; the old one steps aside
     as `.NAME.previous` and is deleted last. So a kill or a full disk at any moment leaves a whole one: `path`, or, when
     it came between the two renames, both hidden ones. `last_good` finds it, the next `atomic_folder` puts it in place.
+    Files of others than a checkpoint's that were in the old folder are in the new one too.
     Raises Error where the disk is full or refuses, and where `path` holds something that is no checkpoint.
     """
     path = Path(path).resolve()
@@ -132,6 +143,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         _repair(path)
         new.mkdir(parents=True)
         yield new
+        if path.exists():
+            _carry_over(path, new)
         _flush(new)
         if path.exists():
             path.rename(old)
@@ -142,10 +155,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     except Exception as error:
         if not _from_the_disk(error):
             raise
-        raise Error(
-            f"{path}: cannot be saved ({first_line(error)}); what stood there is intact: free some space or choose "
-            "another folder"
-        ) from error
+        intact = "what stood there is intact: " if path.exists() else ""
+        remedy = f"{intact}free some space or choose another folder"
+        raise Error(f"{path}: cannot be saved ({first_line(error)}); {remedy}") from error
     finally:
         _repair(path)
 
@@ -166,10 +178,14 @@ def check_writable(path: Path) -> None:
         tempfile.TemporaryFile(dir=parent).close()
         _siblings(path.resolve())[1].exists()  # fails where the longest name that saving uses is too long
         is_file = path.exists() and not path.is_dir()
+        is_fixed = os.path.ismount(path) or Path.cwd().is_relative_to(path.resolve())
     except (OSError, ValueError) as error:
         raise Error(f"{path}: cannot be written ({first_line(error)}); choose another folder") from error
     if is_file:
         raise Error(f"{path}: is a file; choose another name for the folder")
+    if is_fixed:
+        problem = "saving replaces the folder, and in this one you are, or a disk is mounted"
+        raise Error(f"{path}: {problem}; choose a folder inside it")
 
 
 def _siblings(path: Path) -> tuple[Path, Path]:
@@ -190,15 +206,44 @@ def _repair(path: Path) -> None:
 
 def check_replaceable(path: Path) -> None:
     """Saving replaces a folder whole, so it must be a checkpoint, empty, or not there."""
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+    if path.is_dir() and any(path.iterdir()) and not _is_checkpoint(path):
         raise Error(f"{path}: holds other files than a checkpoint, which saving would delete; choose another folder")
     if path.exists() and not path.is_dir():
         raise Error(f"{path}: is a file; choose another name for the folder")
 
 
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has the config of a model."""
+    try:
+        return "model_type" in read_json(folder / "config.json")
+    except Error:
+        return False
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """Give the new folder what others than a checkpoint put into the old one: notes, results."""
+    for item in old.iterdir():
+        if any(map(item.match, OWN)) or (new / item.name).exists():
+            continue
+        if item.is_dir():
+            shutil.copytree(item, new / item.name, symlinks=True, copy_function=_link)
+        else:
+            _link(item, new / item.name)
+
+
+def _link(file: str | Path, other: str | Path) -> None:
+    """Another name for a file, so that no bytes are written; a copy where the disk has no such thing."""
+    try:
+        os.link(file, other)
+    except OSError:
+        shutil.copy2(file, other, follow_symlinks=False)
+
+
 def _flush(folder: Path) -> None:
     """Have everything in a folder on the disk itself, not only in the system's memory."""
     for item in sorted(folder.rglob("*")):
+        if item.is_symlink():
+            continue
         if item.is_file():
             with item.open("rb") as file:
                 os.fsync(file.fileno())

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 def save(path: Path, content: str) -> None:
     with atomic_folder(path) as new:
-        (new / "config.json").write_text(content)
+        (new / "config.json").write_text(json.dumps({"model_type": "llava", "content": content}))
         (new / "inner").mkdir()
         (new / "inner" / "state").write_text(content)
 
@@ -27,8 +27,9 @@ def save(path: Path, content: str) -> None:
 def content(path: Path) -> str:
     """What the folder holds now, both its files agreeing."""
     good = last_good(path)
-    assert (good / "config.json").read_text() == (good / "inner" / "state").read_text()
-    return (good / "config.json").read_text()
+    found = json.loads((good / "config.json").read_text())["content"]
+    assert found == (good / "inner" / "state").read_text()
+    return found
 
 
 def test_a_new_folder_and_its_replacement_leave_nothing_behind(tmp_path):
@@ -37,6 +38,32 @@ def test_a_new_folder_and_its_replacement_leave_nothing_behind(tmp_path):
         save(path, text)
         assert content(path) == text and last_good(path) == path
         assert os.listdir(path.parent) == ["run"]
+
+
+def test_what_others_put_into_the_folder_stays_and_what_belongs_to_the_old_checkpoint_goes(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError
+
+    save(tmp_path / "run", "first")
+    for name in ("notes.txt", ".git/HEAD", "model-00001-of-00002.safetensors", "training.pt", "added_tokens.json"):
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text(name)
+    (tmp_path / "run" / "dangling").symlink_to("nowhere")
+    for text in ("second", "third"):
+        save(tmp_path / "run", text)
+        assert sorted(os.listdir(tmp_path / "run")) == [".git", "config.json", "dangling", "inner", "notes.txt"]
+        assert (tmp_path / "run/notes.txt").read_text() == "notes.txt" and content(tmp_path / "run") == text
+        assert (tmp_path / "run/.git/HEAD").read_text() == ".git/HEAD"
+        monkeypatch.setattr(os, "link", no_links)  # the second time on a disk that has none
+
+
+def test_a_config_that_is_no_model_s_makes_no_checkpoint(tmp_path):
+    (tmp_path / "app").mkdir()
+    for text in ('{"name": "my web app"}', "{", "[]"):
+        (tmp_path / "app" / "config.json").write_text(text)
+        with pytest.raises(Error, match="holds other files than a checkpoint"):
+            save(tmp_path / "app", "new")
+        assert (tmp_path / "app" / "config.json").read_text() == text
 
 
 def test_a_link_is_followed(tmp_path):
@@ -254,3 +281,15 @@ def test_a_folder_that_cannot_be_made_is_said_before_anything_is_done(tmp_path):
     with pytest.raises(Error, match="cannot be written"):  # the name itself would do, the one it is saved under not
         check_writable(tmp_path / ("x" * 250))
     assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "new").iterdir())
+
+
+def test_the_folder_one_is_in_and_a_mounted_disk_cannot_be_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "inner").mkdir(parents=True)
+    for path in (Path("."), tmp_path, tmp_path.parent, Path("run/..")):
+        with pytest.raises(Error, match="choose a folder inside it"):
+            check_writable(path)
+    check_writable(Path("run"))
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == Path("run"))
+    with pytest.raises(Error, match="choose a folder inside it"):
+        check_writable(Path("run"))

@@ -145,19 +145,12 @@ def test_answers_on_one_scene_are_those_that_a_person_would_give():
         ("What colour is the heart?", "The heart is red."),
         ("What shape is the blue object?", "The blue object is a star."),
         ("Is the blue star large or small?", "The blue star is small."),
-        (
-            "How many stars are there?",
-            "Looking for stars: a large red star, one; a small red heart, no; a small blue star, two; so there are two.",
-        ),
+        ("How many stars are there?", "Looking for stars, I see a red star and a blue star, so two."),
         (
             "How many objects are there?",
-            "Looking for objects: a large red star, one; a small red heart, two; a small blue star, three; "
-            "so there are three.",
+            "Looking for objects, I see a red star, a red heart and a blue star, so three.",
         ),
-        (
-            "How many crosses can you see in the picture?",
-            "Looking for crosses: a large red star, no; a small red heart, no; a small blue star, no; so there are none.",
-        ),
+        ("How many crosses can you see in the picture?", "Looking for crosses, I see none."),
         ("Is there a blue heart?", "I see a red star, a red heart and a blue star. A blue heart? No."),
         ("Is there a red heart?", "I see a red star, a red heart and a blue star. A red heart? Yes."),
         (
@@ -167,28 +160,28 @@ def test_answers_on_one_scene_are_those_that_a_person_would_give():
         ("Is there a large star?", "I see a large star, a small heart and a small star. A large star? Yes."),
         ("Can you see a heart?", "I see a red star, a red heart and a blue star. A heart? Yes."),
         ("Can you see a cross?", "I see a red star, a red heart and a blue star. A cross? No."),
-        ("Where is the heart?", "The heart is small and red, at the top right."),
+        ("Where is the heart?", "The heart is small, red and at the top right."),
         ("Where in the picture is the blue object?", "The blue object is a small star at the bottom."),
-        ("Tell me about the heart.", "The heart is small and red, at the top right."),
+        ("Tell me about the heart.", "The heart is small, red and at the top right."),
         ("What does the blue object look like?", "The blue object is a small star at the bottom."),
         ("Describe the object at the bottom.", "The object at the bottom is a small blue star."),
         (
             "Is the heart to the left or to the right of the blue star?",
-            "The heart is small and red, at the top right; the blue star is small, at the bottom; "
+            "The heart is small, red and at the top right; the blue star is small and at the bottom; "
             "so the heart is to its right.",
         ),
         (
             "Is the blue star above the heart?",
-            "The blue star is small, at the bottom; the heart is small and red, at the top right; "
+            "The blue star is small and at the bottom; the heart is small, red and at the top right; "
             "so the blue star is below it. Above it? No.",
         ),
         (
             "What shape is the object to the right of the blue star?",
-            "The blue star is small, at the bottom; to its right is a red object, which is a heart.",
+            "The blue star is small and at the bottom; to its right is a red object, which is a heart.",
         ),
         (
             "Is the object below the heart large or small?",
-            "The heart is small and red, at the top right; below it is a blue star, which is small.",
+            "The heart is small, red and at the top right; below it is a blue star, which is small.",
         ),
         (
             "How many objects would be left without any stars?",
@@ -218,17 +211,9 @@ def test_counts_agree_with_counting(kind):
         question = language.ask(scene, kind, rng)
         named = matching(scene, question.text.rstrip("?.").replace(",", "").split())
         kept = named if kind == "count" else [t for t in scene.things if t not in named]
-        evidence, end = re.fullmatch(r"(.*)[;,] so (?:there is |there are )?(\w+)\.", question.answer).groups()
-        assert NUMBERS.index(end) == len(kept)
-        if kind == "count":
-            verdicts = dict(re.findall(r"an? (\w+ \w+ \w+), (\w+)", evidence))
-            assert list(verdicts) == [t.name for t in scene.things]
-            numbers = [v for v in verdicts.values() if v != "no"]
-            assert [name for name, v in verdicts.items() if v != "no"] == [t.name for t in kept]
-            assert numbers == list(NUMBERS[1 : len(kept) + 1])
-        else:
-            listed = evidence.split(", ", 1)[1]  # behind what is taken away
-            assert [(t.colour, t.shape) for t in kept] == re.findall(NAMED, listed)
+        assert NUMBERS.index(last_word(question.answer)) == len(kept)
+        listed = question.answer.split(", ", 1)[1]  # behind what is counted or taken away
+        assert [(t.colour, t.shape) for t in kept] == re.findall(NAMED, listed)
 
 
 NAMED = rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b"

@@ -38,7 +38,8 @@ def test_the_warmup_is_rounded_up_and_the_rate_falls_afterwards():
 def test_no_warmup_and_a_single_step_are_no_special_cases():
     assert warmup_cosine(0, 10, warmup=0.0) == 1.0
     assert warmup_cosine(5, 10, warmup=0.0) == pytest.approx(0.5)
-    assert warmup_cosine(1, 1) == 1.0
+    assert warmup_cosine(0, 1) == 1.0  # or a single step would train nothing
+    assert [warmup_cosine(step, 2) for step in range(2)] == [0.0, 1.0]
 
 
 # ---------------------------------------------------------------- orthogonalise

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanollava.checkpoint import load
 from nanollava.conversation import encode
-from nanollava.error import one_line
+from nanollava.error import forgive_encoding, one_line
 from nanollava.generate import Sampling, generate
 from nanollava.images import open_image, preprocess
 from nanollava.llava import Llava
@@ -210,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--world", type=Path, required=True, help="the world that train.py miniature has drawn")
     parser.add_argument("--questions", type=int, default=300, help="questions of each kind (300)")
     args = parser.parse_args(argv)
+    forgive_encoding()
     try:
         print(summary(evaluate({"model": load(args.model)}, args.world, args.questions), args.questions))
     except Exception as error:

@@ -135,13 +135,13 @@ def ask_all(hidden: str, wordings: tuple[str, ...], scene: Scene, rng: random.Ra
 
 def unsaid(thing: Thing, it: str) -> str:
     """What the reference ``it`` does not say of a thing, the place last: who has said how a thing looks finds its place
-    more easily. The star is "small and red, at the top", the red object is "a small star at the top"."""
+    more easily. The star is "small, red and at the top", the red object is "a small star at the top"."""
     named, place = it.split(), PLACES[thing.cell]
-    place = "" if it.endswith(place) else place
+    place = [] if it.endswith(place) else [place]
     adjectives = [word for word in (thing.size, thing.colour) if word not in named]
-    if thing.shape not in named:
-        return " ".join([article(" ".join([*adjectives, thing.shape])), place]).rstrip()
-    return ", ".join(filter(None, [" and ".join(adjectives), place]))
+    if thing.shape in named:
+        return join([*adjectives, *place])
+    return " ".join([article(" ".join([*adjectives, thing.shape])), *place])
 
 
 ask_place = partial(
@@ -165,12 +165,12 @@ def plural(shape: str) -> str:
 
 
 def ask_count(scene: Scene, rng: random.Random) -> Candidates:
-    """The answer says again what is counted, and goes from thing to thing: "a large red star, no; ..., one"."""
+    """The answer says again what is counted, and names it."""
     for what, things in (("objects", scene.things), *groups(scene, rng)):
-        number, be, numbers = NUMBERS[len(things)], "is" if len(things) == 1 else "are", iter(NUMBERS[1:])
-        seen = "; ".join(f"{article(t.name)}, {next(numbers) if t in things else 'no'}" for t in scene.things)
+        number = NUMBERS[len(things)]
+        seen = f"{join([article(name) for name in names(scene, things)])}, so {number}" if things else number
         for wording in ("How many {what} are there?", "How many {what} can you see in the picture?"):
-            yield wording, f"Looking for {{what}}: {seen}; so there {be} {number}.", {"what": what}, number
+            yield wording, f"Looking for {{what}}, I see {seen}.", {"what": what}, number
 
 
 def ask_existence(scene: Scene, rng: random.Random) -> Candidates:

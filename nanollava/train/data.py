@@ -9,6 +9,7 @@ beginning, each record a branch behind it. The loss is that of the records one b
 """
 
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from nanollava.conversation import IGNORE, encode, images_from_record, messages_from_record
-from nanollava.error import Error, first_line
+from nanollava.error import Error, first_line, printable
 from nanollava.images import check_image, open_image, preprocess
 from nanollava.llava import NO_PATCH, Batch, LlavaConfig, Spliced, splice
 from nanollava.tokenizer import IMAGE_TOKEN_ID, Tokenizer
@@ -44,6 +45,7 @@ class Report:
     problems: list[str] = field(default_factory=list)  # one line for each bad record, its id first
     cut: int = 0  # longer than max_length: their ends are lost
     lost: int = 0  # of these, records cut before the first word of an answer: left out, nothing is learnt from them
+    unmarked: int = 0  # records with an image that no <image> mark points to: it is not shown
     records: int = 0
 
 
@@ -94,9 +96,11 @@ def read_records(
             for name in example.images:
                 check_once(name, image_folder, seen)
         except Error as error:
-            name = f"record {record['id'] if isinstance(record, dict) else f'number {number}'}: "
-            report.problems.append(one_line(name + str(error).removeprefix(name)))
+            name = str(record["id"]) if isinstance(record, dict) else f"number {number}"
+            problem = str(error).removeprefix(f"record {name}: ")
+            report.problems.append(f"record {printable(name, 100)}: {printable(problem, 500)}")
             continue
+        report.unmarked += bool(record.get("image")) and not example.images
         length = len(example.token_ids) + len(example.images) * (config.vision.num_patches - 1)
         report.cut += length > config.max_length
         if first_target(example, config.vision.num_patches) >= config.max_length:
@@ -104,12 +108,6 @@ def read_records(
         else:
             examples.append(example)
     return examples, report
-
-
-def one_line(text: str, longest: int = 500) -> str:
-    """A text from a user's file as one line that a terminal can show."""
-    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return printable if len(printable) <= longest else printable[:longest] + " ..."
 
 
 def first_target(example: Example, num_patches: int) -> int:
@@ -235,7 +233,7 @@ class Dataset:
         """A number that tells other texts, images or another order from these."""
         value = 0
         for example in (example for examples in self.groups for example in examples):
-            value = zlib.crc32("\0".join(example.images).encode(), zlib.crc32(example.token_ids, value))
+            value = zlib.crc32("\0".join(example.images).encode(errors="surrogatepass"), zlib.crc32(example.token_ids, value))
         return value
 
     def batches(self, numbers: Iterable[int], rows_at_once: int = 0, parts: int = 1) -> list[Batch]:
@@ -263,9 +261,12 @@ class Dataset:
         return f"skipped: {records:,} records, for {len(self.broken):,} damaged images" if records else ""
 
     def load(self, name: str) -> torch.Tensor | None:
+        file = image_path(self.folder, name)
         try:
-            image = open_image(image_path(self.folder, name))
+            image = open_image(file)
         except Error as error:
+            if not os.path.exists(file):  # it was there before the start: a disk that went away takes all with it
+                raise Error(f"{file}: was there before training began; bring it back and go on with --resume") from error
             if name not in self.broken:
                 self.broken.add(name)
                 print(f"skipped: {error}", file=sys.stderr)

@@ -119,7 +119,12 @@ class Run:
             last = self.step == self.options.steps
             if self.val and (last or (self.options.val_every and self.step % self.options.val_every == 0)):
                 entry["val_loss"] = self.validate()
-            self.report(entry, last)
+            try:
+                self.report(entry, last)
+            except OSError:  # nobody reads what is printed any more, or a log's disk is full
+                if not last:
+                    self.save()
+                raise
             due = self.options.save_every and self.step % self.options.save_every == 0
             stop = interrupted()  # asked once: what it promises, a save, comes before the end
             if not last and (due or stop):

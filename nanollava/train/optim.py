@@ -14,7 +14,7 @@ from torch import Tensor, nn
 def warmup_cosine(step: int, steps: int, warmup: float = 0.03) -> float:
     """Share of the full learning rate at ``step`` of ``steps``: linear over the first ``warmup``, then cosine to 0.
     As in transformers, the very first step has rate 0."""
-    first = math.ceil(steps * warmup)
+    first = min(math.ceil(steps * warmup), steps - 1)  # a single step is not lost to warming up
     if step < first:
         return step / max(1, first)
     return 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
