@@ -1,7 +1,8 @@
 """python chat.py [FOLDER] [--image FILE] [--ask TEXT]
 
 Talks about an image in the terminal: the bundled miniature and its sample image, or any LLaVA folder and any image.
-Questions come from the keyboard, from a pipe (then only the answers are printed), or, a single one, from --ask.
+Questions come from the keyboard, from a pipe (then only the answers are printed, up to the first question or command
+that fails), or, a single one, from --ask.
 Exit status: 0; 2 after one line that says what was wrong; 130 when Ctrl-C came before there was a prompt.
 """
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     command, *description = __doc__.splitlines()
-    parser = argparse.ArgumentParser(usage=f"{command} [options]", description=" ".join(description[1:4]))
+    parser = argparse.ArgumentParser(usage=f"{command} [options]", description=" ".join(description[1:5]))
     add = parser.add_argument
     add("folder", nargs="?", type=Path, default=MINIATURE, help="a LLaVA checkpoint; default: the bundled miniature")
     add("--image", metavar="FILE", type=Path, help="what to talk about; the miniature has a sample image")
@@ -121,6 +122,8 @@ class Talk:
             try:
                 self._handle(line)
             except Error as error:
+                if not self.terminal:  # what follows in a pipe may build on it
+                    raise
                 print(error, file=sys.stderr)
             except KeyboardInterrupt:
                 print()  # behind the part of the answer that is already there
@@ -144,7 +147,7 @@ class Talk:
         elif command == "/help":
             print(HELP)
         elif command.startswith("/"):
-            print(f"{command}: no such command; /help lists them", file=sys.stderr)
+            raise Error(f"{command}: no such command; /help lists them")
         elif line:
             self.ask(line)
 

@@ -180,6 +180,8 @@ def _theirs(name: str, layout: Layout) -> str:
 def _fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype: torch.dtype | None) -> None:
     """Give every parameter that is still on the meta device its tensor from the folder; each takes its memory once."""
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    if not isinstance(dtype, torch.dtype):
+        raise Error(f"dtype is {dtype!r}: give one of PyTorch's, such as torch.bfloat16")
     tensors = _read(folder, _match(module, folder, layout), device, dtype)
     for head, embedding in _tied(module).items():
         if not torch.equal(tensors.setdefault(head, tensors[embedding]), tensors[embedding]):
@@ -282,6 +284,7 @@ def _write_tensors(module: nn.Module, folder: Path, layout: Layout, dtype: torch
         if not stored.isfinite().all():
             raise Error(f"{name} holds NaN or infinity as {stored.dtype}; go back to an earlier checkpoint")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # save_file makes it its owner's only
 
 
 def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path, max_length: int) -> None:

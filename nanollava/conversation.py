@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from nanollava.error import Error
-from nanollava.tokenizer import IMAGE_TOKEN, IMAGE_TOKEN_ID, Tokenizer
+from nanollava.tokenizer import IMAGE_TOKEN, IMAGE_TOKEN_ID, Tokenizer, need_tokenizer
 
 IGNORE = -100  # the label of a token that carries no loss
 
@@ -150,7 +150,7 @@ def encode(
     Raises Error on an unknown template, no messages, roles out of order, an empty answer, marks that are not as many
     as the images.
     """
-    ids, labels = [tokenizer.bos_id], [IGNORE]
+    ids, labels = [need_tokenizer(tokenizer).bos_id], [IGNORE]
     prefix = True  # whether text gets the space in front: at the start, behind an image, and where legacy says so
     for segment in segments(messages, template, images):
         piece = _segment_ids(segment, tokenizer, prefix)
@@ -168,7 +168,7 @@ def render(messages: list[Message], template: str, images: int | None = None) ->
 
 def segments(messages: list[Message], template: str, images: int | None = None) -> list[Segment]:
     """The segments of a conversation, none of them empty; arguments and errors of encode."""
-    chosen = get_template(template)
+    chosen, messages = get_template(template), list(messages)
     _check_turns(messages)
     if images in (None, 1):
         messages = [{**message, "content": _image_first(message["content"])} for message in messages]

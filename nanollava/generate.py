@@ -18,11 +18,11 @@ from torch import Tensor
 
 from nanollava.attention import Mask
 from nanollava.conversation import Message, encode, get_template
-from nanollava.error import Error
+from nanollava.error import Error, first_line
 from nanollava.images import open_image, preprocess, upright
 from nanollava.llama import Cache
 from nanollava.llava import NO_PATCH, Llava, pad
-from nanollava.tokenizer import IMAGE_TOKEN, Tokenizer
+from nanollava.tokenizer import IMAGE_TOKEN, Tokenizer, need_tokenizer
 
 EOS_ID = 2  # </s> of every LLaMA vocabulary, for models that come without a tokenizer
 INCOMPLETE = "\ufffd"  # how a tokenizer shows bytes that are not yet a whole character
@@ -42,6 +42,10 @@ class Sampling:
     seed: int | None = None  # the same seed draws the same answer again; None: another one each time
 
     def __post_init__(self):
+        for name in ("temperature", "top_p", "top_k", "max_new_tokens", "seed"):
+            value, kinds = getattr(self, name), (int, float) if name in ("temperature", "top_p") else int
+            good = isinstance(value, kinds) or (name == "seed" and value is None)
+            self._require(name, good, "a number" if kinds != int else "a whole number")
         self._require("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more")
         self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._require("top_k", self.top_k >= 0, "0 (all tokens) or more")
@@ -115,13 +119,6 @@ class Answer:
         return next((n for n in range(len(self.stop) - 1, 0, -1) if text.endswith(self.stop[:n])), 0)
 
 
-def need_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
-    """The tokenizer, where there is one. Raises Error where there is none."""
-    if tokenizer is None:
-        raise Error("the model has no tokenizer, so it cannot read or write text: put tokenizer.model into its folder")
-    return tokenizer
-
-
 # ---------------------------------------------------------------- the loop
 
 
@@ -163,7 +160,7 @@ def _room(model: Llava, length: int, sampling: Sampling) -> int:
         raise Error("the prompt is empty: it needs at least one token")
     if length >= most:
         problem = f"the conversation takes {length} positions, images included, and the model has {most} for it and"
-        raise Error(f"{problem} the answer: make it shorter, or start a new one")
+        raise Error(f"{problem} the answer: make it shorter, or start a new one (/reset in chat.py)")
     return min(sampling.max_new_tokens, most - length)
 
 
@@ -217,7 +214,16 @@ def answer(model: Llava, image: str | Path | Image.Image | None, question: str, 
 
 def pixels_of(model: Llava, image: str | Path | Image.Image) -> Tensor:
     """A picture -> (1, 3, S, S), turned as the camera was held. Raises Error where it cannot be read."""
-    image = upright(image) if isinstance(image, Image.Image) else open_image(image, exif=True)
+    if isinstance(image, str | Path):
+        image = open_image(image, exif=True)
+    elif not isinstance(image, Image.Image):
+        raise Error(f"image: a {type(image).__name__}; give a path or a PIL image")
+    else:
+        try:
+            image = upright(image)
+            image.load()
+        except OSError as error:
+            raise Error(f"image: damaged or incomplete ({first_line(error)})") from error
     return preprocess(image, model.config.vision.image_size, model.config.image_aspect_ratio).unsqueeze(0)
 
 
@@ -272,6 +278,8 @@ class Chat:
 
     def _question(self, text: str) -> Message:
         """The user's message, with the mark of its picture."""
+        if not isinstance(text, str):
+            raise Error(f"the question is a {type(text).__name__}; give text")
         if self.captioner and self.waiting is None:
             raise Error("a stage-1 model can only caption: give it an image")
         if not self.captioner and not text.strip():

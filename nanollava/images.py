@@ -35,8 +35,12 @@ def preprocess(image: Image.Image, size: int, mode: str = "crop") -> torch.Tenso
 
     "crop" (CLIP, LLaVA v1): the short edge becomes S, the middle square is kept.
     "pad" (LLaVA v1.5's stage 2): the picture is centred on a square of the mean colour, then becomes S by S.
-    Raises Error for an unknown mode or a picture without pixels.
+    Raises Error for an unknown mode, a picture without pixels, or anything else than a PIL image.
     """
+    if not isinstance(image, Image.Image):
+        raise Error(f"a {type(image).__name__} where a PIL image is expected; PIL.Image.open or fromarray makes one")
+    if not isinstance(size, int) or size < 1:
+        raise Error(f"image size {size!r}: the side of the square in pixels must be 1 or more")
     if mode not in ("crop", "pad"):
         raise Error(f'image mode "{mode}" is unknown: image_aspect_ratio must be "crop" or "pad"')
     if 0 in image.size:

@@ -128,10 +128,12 @@ class Llava(nn.Module):
 
         Rows of different lengths are padded on the right and come with ``lengths`` (B,). T' counts N positions for each
         image; what is longer than ``max_length`` is cut, as in training. Attention is causal, so no word sees the
-        padding behind it. Raises Error where the number of placeholders is not M.
+        padding behind it. Raises Error where the number of placeholders is not M, and for ids or lengths that cannot be.
         """
         rows = token_ids.tolist()
         if lengths is not None:
+            if not all(0 < length <= token_ids.shape[1] for length in lengths.tolist()):
+                raise Error(f"lengths {lengths.tolist()}: each must be from 1 to the {token_ids.shape[1]} of a row")
             rows = [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
         ids, patches = self.splice_rows(rows, 0 if pixels is None else len(pixels), self.config.max_length)
         spliced = (pad(ids, 0).to(token_ids.device), pad(patches, NO_PATCH).to(token_ids.device))
@@ -142,8 +144,11 @@ class Llava(nn.Module):
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Rows of ids -> their spliced ids and patch numbers, images counted through the rows.
 
-        Raises Error where the number of placeholders is not ``images``.
+        Raises Error where the number of placeholders is not ``images``, or an id is in no vocabulary.
         """
+        rows_known = range(self.config.language.vocab_size)
+        if unknown := {t for row in rows for t in row if t not in rows_known and t != IMAGE_TOKEN_ID}:
+            raise Error(f"token id {min(unknown)}: the vocabulary has 0 to {rows_known[-1]}, an image {IMAGE_TOKEN_ID}")
         num_patches, placeholders = self.config.vision.num_patches, 0
         ids, patches = [], []
         for row in rows:

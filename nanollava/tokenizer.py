@@ -63,6 +63,13 @@ class Tokenizer:
         return self._spaced.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in silent])
 
 
+def need_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer, where there is one. Raises Error where there is none."""
+    if tokenizer is None:
+        raise Error("the model has no tokenizer, so it cannot read or write text: put tokenizer.model into its folder")
+    return tokenizer
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder: `tokenizer.model`, and `legacy` from `tokenizer_config.json`.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nanollava.attention import Attend, Mask, attention
+from nanollava.error import Error
 
 
 @dataclass
@@ -112,8 +113,12 @@ class VisionTransformer(nn.Module):
     def hidden_state(self, pixels: Tensor, layer: int) -> Tensor:
         """(B, 3, S, S) -> (B, 1 + N, C), class token first: hidden state number ``layer`` as CLIP counts them.
 
-        0 is what enters the first block, k the output of block k; negative numbers count from the end.
+        0 is what enters the first block, k the output of block k; negative numbers count from the end. Raises Error for
+        pixels of another shape.
         """
+        S = self.config.image_size
+        if pixels.shape[1:] != (3, S, S):
+            raise Error(f"pixels are {tuple(pixels.shape)}, the tower takes (images, 3, {S}, {S}): see preprocess")
         depth = range(len(self.layers) + 1)[layer]
         x = self.pre_layrnorm(self.embeddings(pixels))
         attend = attention(Mask(causal=False), len(x), x.shape[1], x.shape[1], x.device)

@@ -246,6 +246,34 @@ def test_a_bin_file_runs_no_code_and_holds_only_tensors(tmp_path):
     assert not (tmp_path / "was here").exists()
 
 
+@pytest.mark.parametrize("text", [b"Repository not found", b"hello world", b"\x80\x02}q\x00.", b"Not Found", b"\0" * 99])
+def test_what_is_no_file_of_weights_is_one_line_without_advice_to_load_it_unsafely(text, tmp_path):
+    """What failed downloads leave."""
+    (tmp_path / "pytorch_model.bin").write_bytes(text)
+    with pytest.raises(Error, match=r"pytorch_model\.bin: (damaged, or no file of weights|expected a dict)") as caught:
+        read(tmp_path)
+    assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_dictionary_without_names_is_no_file_of_weights(tmp_path):
+    torch.save({1: torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(Error, match="expected a dictionary of tensors"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_a_file_that_may_not_be_read_is_not_to_be_fetched_again(name, tmp_path, monkeypatch):
+    (tmp_path / name).write_text("{}")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(Error, match="mend its permissions"):
+        read_json(tmp_path / name) if name == "config.json" else read(tmp_path)
+
+
 def test_no_weights_bad_index_and_bad_json(tmp_path):
     with pytest.raises(Error, match="no weights"):
         weight_files(tmp_path)

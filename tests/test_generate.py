@@ -1,7 +1,9 @@
 """Generation: the cache, the padding and the streaming change nothing about what the network says."""
 
+import re
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -530,3 +532,43 @@ def test_a_caption_ends_with_its_line(scripted_model, tokenizer, picture):
     model = scripted_model([chain], template="plain", stage="stage1")
     assert tokenizer.decode([13]) == "\n"
     assert model.answer(picture, "Describe it.") == "A small ball"
+
+
+# ---------------------------------------------------------------- what a caller can get wrong
+
+
+@pytest.fixture(scope="module")
+def talker(scripted_model):
+    return scripted_model.says("Yes.")
+
+
+PIXELS = torch.zeros(1, 3, 16, 16)
+MISTAKES = {
+    "an array for a picture": (lambda m: m.answer(np.zeros((9, 9, 3)), "What?"), "give a path or a PIL image"),
+    "no question": (lambda m: m.answer(None, None), "give text"),
+    "no temperature": (lambda m: m.answer(None, "What?", temperature=None), "temperature is None"),
+    "half a token": (lambda m: m.answer(None, "What?", max_new_tokens=2.5), "max_new_tokens is 2.5"),
+    "half a seed": (lambda m: m.answer(None, "What?", seed=1.5), "seed is 1.5"),
+    "an id that is none": (lambda m: m(torch.tensor([[1, -100, 7]])), "token id -100"),
+    "an id beyond the vocabulary": (lambda m: m(torch.tensor([[1, 400]])), "token id 400"),
+    "a length beyond the row": (lambda m: m(torch.tensor([[1, 2, 3]]), lengths=torch.tensor([9])), "lengths"),
+    "pixels of another size": (lambda m: m(torch.tensor([[1, I]]), torch.zeros(1, 3, 23, 23)), "16, 16"),
+    "no batch of pixels": (lambda m: m.vision(PIXELS[0]), "16, 16"),
+    "a path to preprocess": (lambda m: preprocess("a.png", 16), "PIL image is expected"),
+    "no side": (lambda m: preprocess(Image.new("RGB", (9, 9)), 0), "image size 0"),
+    "text without a tokenizer": (lambda m: encode([{"role": "user", "content": "Hi"}], None, "vicuna_v1"), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize(("mistake", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_a_caller_s_mistake_is_one_line(mistake, words, talker):
+    with pytest.raises(Error, match=re.escape(words)) as caught:
+        mistake(talker)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_that_breaks_off_in_memory_is_one_line(talker, tmp_path):
+    Image.effect_noise((90, 90), 99).convert("RGB").save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    with pytest.raises(Error, match="damaged or incomplete"):
+        talker.answer(Image.open(tmp_path / "half.png"), "What?")

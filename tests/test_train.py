@@ -580,6 +580,74 @@ def test_ids_that_no_terminal_can_show_are_listed_all_the_same(trainer, write, s
     assert "cannot be written" in capsys.readouterr().err.splitlines()[-1] and status == 2
 
 
+def test_images_that_no_mark_points_to_are_counted(trainer, write, tmp_path, capsys):
+    data = write([*GOOD, record("blind", "c.png", "What is this?", "A star.")])
+    assert trainer.stage(2, data, tmp_path / "out", "--steps", 1) == 0
+    assert "1 records have an image that no <image> mark points to" in capsys.readouterr().out
+
+
+def test_images_that_go_away_in_mid_run_end_it_and_it_goes_on_when_they_are_back(
+    trainer, write, shelf, aligned, tmp_path, capsys, monkeypatch
+):
+    """Not as damaged ones are skipped: a disk that is gone would take all with it."""
+    images, data = tmp_path / "images", write(GOOD)
+    shutil.copytree(shelf, images)
+    words = ("--images", images, "--model", aligned, "--steps", 6, "--save-every", 2, "--batch-size", 1)
+    report = loop.Run.report
+
+    def spy(self, entry, last):
+        report(self, entry, last)
+        if entry["step"] == 2 and images.exists():
+            images.rename(tmp_path / "away")
+
+    monkeypatch.setattr(loop.Run, "report", spy)
+    assert "bring it back and go on with --resume" in refused(capsys, trainer.stage(2, data, tmp_path / "out", *words))
+    (tmp_path / "away").rename(images)
+    monkeypatch.setattr(loop.Run, "report", report)
+    assert trainer.stage(2, data, tmp_path / "out", *words, "--resume") == 0
+    assert len(metrics(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")])
+def test_when_nothing_can_be_printed_any_more_the_run_is_saved(error, trainer, talks, aligned, tmp_path, monkeypatch):
+    report = loop.Run.report
+
+    def gone(self, entry, last):
+        if entry["step"] == 2:
+            raise error
+        report(self, entry, last)
+
+    words = ("--model", aligned, "--steps", 4, "--batch-size", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "report", gone)
+        patch.setattr(os, "dup2", lambda *_: None)
+        assert trainer.stage(2, talks, tmp_path / "out", *words) == (1 if isinstance(error, BrokenPipeError) else 2)
+    assert trainer.stage(2, talks, tmp_path / "out", *words, "--resume") == 0
+
+
+def test_a_step_takes_no_more_than_there_is(trainer, talks, aligned, tmp_path, capsys):
+    """A batch of 100,000 of six records would be each of them over and over."""
+    assert trainer.stage(2, talks, tmp_path / "out", "--model", aligned, "--steps", 1, "--batch-size", 100_000) == 0
+    assert "--batch-size 100000: there are 6 to draw" in capsys.readouterr().out
+
+
+def test_names_of_images_that_are_no_unicode_are_trained_on_and_saved(trainer, write, aligned, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        shutil.copytree(trainer.images, tmp_path / "images")
+        shutil.copy(trainer.images / "a.png", tmp_path / "images" / name)
+    except OSError:
+        pytest.skip("this disk takes no such name")
+    data = write([record("x", name, "<image>\nWhat?", "No.")])
+    words = ("--images", tmp_path / "images", "--model", aligned, "--steps", 4, "--save-every", 1)
+    assert trainer.stage(2, data, tmp_path / "out", *words) == 0
+
+
+def test_a_share_for_validation_that_leaves_nothing_is_named(trainer, write, aligned, tmp_path, capsys):
+    status = trainer.stage(2, write(GOOD), tmp_path / "out", "--model", aligned, "--val-fraction", 0.99)
+    assert "--val-fraction 0.99" in refused(capsys, status)
+
+
 def test_records_that_end_before_their_answer_are_counted_and_left_out(trainer, write, tmp_path, capsys):
     data = write([record("long", None, "word " * 400, "Yes."), record("short", None, "Word?", "Yes.")])
     words = ("--steps", 4, "--batch-size", 1, "--max-length", 100)

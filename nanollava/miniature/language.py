@@ -7,7 +7,6 @@ what was asked ("I see a red star and a blue heart. A blue star? No."): a decode
 
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -87,9 +86,8 @@ def unmistakable(scene: Scene, thing: Thing) -> bool:
 
 def names(scene: Scene, things: Sequence[Thing], attribute: str = "colour") -> list[str]:
     """Each thing by one attribute and its shape, or by its whole name where another has both: "small blue star"."""
-    looks = Counter((getattr(t, attribute), t.shape) for t in scene.things)
-    short = ((getattr(t, attribute), t.shape) for t in things)
-    return [t.name if looks[look] > 1 else " ".join(look) for t, look in zip(things, short, strict=True)]
+    looks = {t: f"{getattr(t, attribute)} {t.shape}" for t in scene.things}
+    return [t.name if list(looks.values()).count(looks[t]) > 1 else looks[t] for t in things]
 
 
 Candidates = Iterator[tuple[str, str, dict[str, str], str]]  # wording, form, parts, what the answer comes down to
@@ -298,9 +296,5 @@ def describe(scene: Scene, rng: random.Random) -> Question:
     request = rng.choice(list(OPENINGS))
     count = "one object" if n == 1 else f"{NUMBERS[n]} objects"
     opening = OPENINGS[request].format(count=count, be="is" if n == 1 else "are")
-    return Question("detail", request, " ".join([opening, *map(placed, scene.things)]), {})
-
-
-def placed(thing: Thing) -> str:
-    """One thing and its place as a sentence."""
-    return f"There is {article(thing.name)} {PLACES[thing.cell]}."
+    sentences = (f"There is {article(thing.name)} {PLACES[thing.cell]}." for thing in scene.things)
+    return Question("detail", request, " ".join([opening, *sentences]), {})
