@@ -14,7 +14,7 @@ from contextlib import closing, suppress
 from itertools import chain
 from pathlib import Path
 
-from nanollava.error import Error, forgive_encoding, one_line  # light: what needs PyTorch is imported late, so that --help is instant
+from nanollava.error import Error, forgive_encoding, one_line  # what needs PyTorch is imported late: --help is instant
 
 MINIATURE = Path(__file__).resolve().parent / "weights" / "miniature"
 SAMPLE = MINIATURE / "sample.png"

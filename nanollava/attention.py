@@ -127,7 +127,7 @@ def can_compile_kernels() -> bool:
     """Whether torch.compile can make CUDA kernels: Triton needs a C compiler. Says so, once, where something lacks."""
     found = importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))
     if not found:
-        print("no Triton or no C compiler found: packed rows take PyTorch's own attention, more slowly", file=sys.stderr)
+        print("no Triton or C compiler: packed rows take PyTorch's own attention, more slowly", file=sys.stderr)
     return bool(found)
 
 

@@ -26,6 +26,7 @@ from nanollava.vit import VisionTransformer
 # they are read, the first that fits backwards how they are written. None: known, not needed, passed over.
 Layout = tuple[tuple[str, str | None], ...]
 Device = str | torch.device
+Dtype = torch.dtype | None
 
 CLIP: Layout = (
     ("vision_model.encoder.layers.", "layers."),
@@ -52,9 +53,7 @@ PASSED_OVER = (".rotary_emb.inv_freq", ".position_ids")  # tables that old versi
 # ---------------------------------------------------------------- loading
 
 
-def load(
-    folder: str | Path, device: Device = "cpu", dtype: torch.dtype | None = None, vision: str | Path | None = None
-) -> Llava:
+def load(folder: str | Path, device: Device = "cpu", dtype: Dtype = None, vision: str | Path | None = None) -> Llava:
     """A LLaVA in eval mode from an official v1.5 folder or one of our own.
 
     dtype: of all weights; None is bfloat16 on CUDA and float32 elsewhere.
@@ -83,7 +82,7 @@ def load(
     return model.eval()
 
 
-def load_vision(folder: str | Path, device: Device = "cpu", dtype: torch.dtype | None = None) -> VisionTransformer:
+def load_vision(folder: str | Path, device: Device = "cpu", dtype: Dtype = None) -> VisionTransformer:
     """CLIP's image tower in eval mode, from a folder of a whole CLIP or of the tower alone; dtype, Error: as `load`."""
     folder = files.last_good(folder)
     config, file = files.read_json(folder / "config.json"), folder / "config.json"
@@ -95,7 +94,7 @@ def load_vision(folder: str | Path, device: Device = "cpu", dtype: torch.dtype |
     return tower.eval()
 
 
-def load_language(folder: str | Path, device: Device = "cpu", dtype: torch.dtype | None = None) -> Llama:
+def load_language(folder: str | Path, device: Device = "cpu", dtype: Dtype = None) -> Llama:
     """A LLaMA-family decoder in eval mode, from an official folder; dtype and Error as `load`. Its tokenizer:
     `load_tokenizer` on the same folder."""
     folder = files.last_good(folder)
@@ -177,7 +176,7 @@ def _theirs(name: str, layout: Layout) -> str:
     return theirs + name.removeprefix(ours)
 
 
-def _fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype: torch.dtype | None) -> None:
+def _fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype: Dtype) -> None:
     """Give every parameter that is still on the meta device its tensor from the folder; each takes its memory once."""
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     if not isinstance(dtype, torch.dtype):
@@ -241,7 +240,7 @@ def _tie(language: Llama) -> None:
 # ---------------------------------------------------------------- saving
 
 
-def save(model: Llava, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def save(model: Llava, folder: str | Path, dtype: Dtype = None) -> None:
     """Write a LLaVA, its image tower and its tokenizer into a folder, replacing what stands there in one step.
 
     dtype: what the weights are stored as; None keeps theirs. Raises Error where a weight is not finite (in that dtype),
@@ -251,16 +250,14 @@ def save(model: Llava, folder: str | Path, dtype: torch.dtype | None = None) -> 
         write(model, new, dtype)
 
 
-def save_vision(tower: VisionTransformer, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_vision(tower: VisionTransformer, folder: str | Path, dtype: Dtype = None) -> None:
     """Write an image tower as an official CLIP folder; otherwise like `save`."""
     with files.atomic_folder(folder) as new:
         _write_json(new / "config.json", fields.vision_fields(tower.config))
         _write_tensors(tower, new, CLIP, dtype)
 
 
-def save_language(
-    llm: Llama, tokenizer: Tokenizer | None, folder: str | Path, dtype: torch.dtype | None = None
-) -> None:
+def save_language(llm: Llama, tokenizer: Tokenizer | None, folder: str | Path, dtype: Dtype = None) -> None:
     """Write a decoder and its tokenizer as an official Vicuna folder; otherwise like `save`."""
     with files.atomic_folder(folder) as new:
         _write_json(new / "config.json", fields.language_fields(llm.config, dtype or llm.norm.weight.dtype))
@@ -268,14 +265,14 @@ def save_language(
         _write_tensors(llm, new, LLAMA, dtype)
 
 
-def write(model: Llava, folder: Path, dtype: torch.dtype | None = None) -> None:
+def write(model: Llava, folder: Path, dtype: Dtype = None) -> None:
     """The files of `save` into a folder that exists: for a block of `atomic_folder` that writes others beside them."""
     _write_json(folder / "config.json", fields.llava_fields(model.config, dtype or model.language.norm.weight.dtype))
     _write_tokenizer(model.tokenizer, folder, model.config.max_length)
     _write_tensors(model, folder, LLAVA, dtype)
 
 
-def _write_tensors(module: nn.Module, folder: Path, layout: Layout, dtype: torch.dtype | None) -> None:
+def _write_tensors(module: nn.Module, folder: Path, layout: Layout, dtype: Dtype) -> None:
     tied, tensors = _tied(module), {}
     for name, tensor in module.state_dict().items():
         if name in tied:

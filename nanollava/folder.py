@@ -115,7 +115,9 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # a damaged pickle can fail in any way, and torch's words advise to load it unsafely
         raise Error(f"{file}: damaged, or no file of weights ({type(error).__name__}); download it again") from error
-    if not isinstance(content, dict) or not all(isinstance(x, Tensor) and isinstance(k, str) for k, x in content.items()):
+    if not isinstance(content, dict) or not all(
+        isinstance(x, Tensor) and isinstance(k, str) for k, x in content.items()
+    ):
         raise Error(f"{file}: expected a dictionary of tensors; is it a file of weights?")
     return content
 

@@ -42,10 +42,11 @@ class Sampling:
     seed: int | None = None  # the same seed draws the same answer again; None: another one each time
 
     def __post_init__(self):
-        for name in ("temperature", "top_p", "top_k", "max_new_tokens", "seed"):
-            value, kinds = getattr(self, name), (int, float) if name in ("temperature", "top_p") else int
-            good = isinstance(value, kinds) or (name == "seed" and value is None)
-            self._require(name, good, "a number" if kinds != int else "a whole number")
+        for name in ("temperature", "top_p"):
+            self._require(name, isinstance(getattr(self, name), int | float), "a number")
+        for name in ("top_k", "max_new_tokens", "seed"):
+            optional = name == "seed" and self.seed is None
+            self._require(name, optional or isinstance(getattr(self, name), int), "a whole number")
         self._require("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more")
         self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._require("top_k", self.top_k >= 0, "0 (all tokens) or more")

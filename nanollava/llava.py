@@ -128,7 +128,7 @@ class Llava(nn.Module):
 
         Rows of different lengths are padded on the right and come with ``lengths`` (B,). T' counts N positions for each
         image; what is longer than ``max_length`` is cut, as in training. Attention is causal, so no word sees the
-        padding behind it. Raises Error where the number of placeholders is not M, and for ids or lengths that cannot be.
+        padding behind it. Raises Error where the number of placeholders is not M, or an id or a length cannot be.
         """
         rows = token_ids.tolist()
         if lengths is not None:

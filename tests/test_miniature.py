@@ -336,9 +336,9 @@ def test_the_contrastive_loss_by_hand():
     with torch.no_grad():
         a, b = clip.visual_projection(clip.vision.pooled(pixels))
         c, d = (clip.text_projection(clip.text([caption])[0]) for caption in captions)
-        s = {(i, j): 10 * (x @ y / (x.norm() * y.norm())).item() for i, x in enumerate((a, b)) for j, y in enumerate((c, d))}
-        rows = [math.log(math.exp(s[i, 0]) + math.exp(s[i, 1])) - s[i, i] for i in (0, 1)]
-        columns = [math.log(math.exp(s[0, i]) + math.exp(s[1, i])) - s[i, i] for i in (0, 1)]
+        s = [[10 * (x @ y / (x.norm() * y.norm())).item() for y in (c, d)] for x in (a, b)]
+        rows = [math.log(math.exp(s[i][0]) + math.exp(s[i][1])) - s[i][i] for i in (0, 1)]
+        columns = [math.log(math.exp(s[0][i]) + math.exp(s[1][i])) - s[i][i] for i in (0, 1)]
         assert clip.loss(pixels, captions).item() == pytest.approx(sum(rows + columns) / 4, rel=1e-4)
 
 

@@ -92,7 +92,8 @@ def test_an_error_in_a_stage_is_one_line(finished, monkeypatch, capsys):
 def test_steps_of_another_recipe_are_not_taken_for_this_ones(finished, capsys):
     assert train.main(["miniature", "--recipe", "demo", "--out", str(finished / "run")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {finished / 'run'} holds a run with other numbers or of another version") and "recipe.json" in said
+    assert said.startswith(f"error: {finished / 'run'} holds a run with other numbers or of another version")
+    assert "recipe.json" in said
     (finished / "run/recipe.json").rename(finished / "recipe.json")
     assert train.main(["miniature", "--recipe", "smoke", "--out", str(finished / "run")]) == 2
     (finished / "recipe.json").rename(finished / "run/recipe.json")

@@ -7,7 +7,7 @@ what was asked ("I see a red star and a blue heart. A blue star? No."): a decode
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import combinations, permutations

@@ -233,7 +233,8 @@ class Dataset:
         """A number that tells other texts, images or another order from these."""
         value = 0
         for example in (example for examples in self.groups for example in examples):
-            value = zlib.crc32("\0".join(example.images).encode(errors="surrogatepass"), zlib.crc32(example.token_ids, value))
+            names = "\0".join(example.images).encode(errors="surrogatepass")
+            value = zlib.crc32(names, zlib.crc32(example.token_ids, value))
         return value
 
     def batches(self, numbers: Iterable[int], rows_at_once: int = 0, parts: int = 1) -> list[Batch]:
@@ -266,7 +267,7 @@ class Dataset:
             image = open_image(file)
         except Error as error:
             if not os.path.exists(file):  # it was there before the start: a disk that went away takes all with it
-                raise Error(f"{file}: was there before training began; bring it back and go on with --resume") from error
+                raise Error(f"{file}: is gone since training began; bring it back and go on with --resume") from error
             if name not in self.broken:
                 self.broken.add(name)
                 print(f"skipped: {error}", file=sys.stderr)

@@ -72,15 +72,13 @@ def check_out(out: Path, resume: bool) -> None:
         raise Error(f"{out}: nothing to resume: it holds {stage}, finished; choose another --out for a new run")
     if resume and done == "none":
         raise Error(f"{out}: nothing to resume: no checkpoint was saved there; start without --resume")
-    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if not resume and occupied:
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Error(f"{out} exists: {'go on with --resume, or ' if done == 'begun' else ''}choose another --out")
     check_writable(out)
 
 
 class Run:
-    """One training run: the model, its optimizers, and how far it has come. ``run`` does it, from the start or from
-    what ``out`` holds."""
+    """One training run: the model, its optimizers, and how far it has come."""
 
     def __init__(self, model: Llava, stage: Stage, data: Dataset, val: Dataset | None, out: Path, options: Options):
         self.model, self.stage, self.data, self.val, self.out, self.options = model, stage, data, val, out, options
@@ -210,9 +208,10 @@ class Run:
         self.metrics.append(entry)
         if last or "val_loss" in entry or self.step % self.options.log_every == 0 or self.step == self.first + 1:
             left = elapsed / (self.step - self.first) * (self.options.steps - self.step)
-            val = f"  val {decimals(entry['val_loss'])}" if "val_loss" in entry else ""
+            losses = {"loss": entry["loss"]} | ({"val": entry["val_loss"]} if "val_loss" in entry else {})
+            told = "  ".join(f"{name} none" if x is None else f"{name} {x:.4f}" for name, x in losses.items())
             print(
-                f"{self.stage.name} {self.step:>5}/{self.options.steps}  loss {decimals(entry['loss'])}{val}  "
+                f"{self.stage.name} {self.step:>5}/{self.options.steps}  {told}  "
                 f"{entry['tokens_per_s']:,} tokens/s  waiting for data {100 * self.waited / elapsed:.0f}%  "
                 f"{peak_memory(self.model.device):.1f} GB  {minutes(left)} left",
                 flush=True,
@@ -287,10 +286,6 @@ def draw(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[lis
 def count_targets(batches: list[Batch]) -> int:
     """How many positions are to be predicted."""
     return sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)
-
-
-def decimals(loss: float | None) -> str:
-    return "none" if loss is None else f"{loss:.4f}"
 
 
 def minutes(seconds: float) -> str:
