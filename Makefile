@@ -26,6 +26,6 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-.venv/lint: .venv/core
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[lint]"
+.venv/lint: .venv/core .ci/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[lint]"
 	touch $@

@@ -9,6 +9,7 @@ PUBLIC = {
     "load": "checkpoint",
     "load_vision": "checkpoint",
     "load_language": "checkpoint",
+    "save": "checkpoint",
     "load_tokenizer": "tokenizer",
     "preprocess": "images",
     "encode": "conversation",

@@ -851,6 +851,17 @@ def test_training_on_cuda_follows_the_losses_of_a_cpu(trainer, talks, aligned, t
     assert np.allclose(on_cuda, on_cpu, rtol=2e-2)  # bfloat16 has 8 bits
 
 
+def test_compiling_the_blocks_changes_no_loss(trainer, talks, aligned, tmp_path, monkeypatch):
+    """With a stand-in for the compiler, which hands each block back as it is."""
+    blocks = []
+    monkeypatch.setattr(torch, "compile", lambda block, **_: blocks.append(block) or block)
+    monkeypatch.setattr(loop, "can_compile", lambda on_cuda: True)
+    words = ("--model", aligned, "--steps", 3, "--batch-size", 2, "--parallel", 2)
+    for out, more in (("plain", ()), ("compiled", ("--compile",))):
+        assert trainer.stage(2, talks, tmp_path / out, *words, *more) == 0
+    assert len(blocks) == 2 and metrics(tmp_path / "plain", "loss") == metrics(tmp_path / "compiled", "loss")
+
+
 def test_training_on_a_cpu_computes_in_float32(trainer, talks, aligned, tmp_path, monkeypatch):
     loss, seen = Llava.loss, []
 
