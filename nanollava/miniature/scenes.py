@@ -27,7 +27,6 @@ PLACES = (
 )  # fmt: skip
 PAPERS = ((250, 246, 236), (236, 244, 250), (240, 248, 238), (250, 240, 242), (244, 241, 250), (246, 246, 244))
 RADIUS = {"small": 0.095, "large": 0.148}  # of the image side
-EDGE = 0.01  # of the image side, kept free at each border
 PIXELS = 96  # side of a drawn picture
 
 
@@ -140,17 +139,16 @@ def polygon(corners: int, radius: float, turn: float = 0.0) -> tuple[tuple[float
 
 
 def place_thing(thing: Thing, rng: random.Random) -> list[tuple[float, float]]:
-    """Corners of a thing in a picture of side 1: about the middle of its cell, slightly tilted, never over the edge of
-    the picture. The tips of a large one may reach a little into the next cell."""
+    """Corners of a thing in a picture of side 1: about the middle of its cell, slightly tilted. The tips of a large one
+    may reach a little over the edge of the cell, and so of the picture: moved inwards they would reach further into the
+    patch next to theirs, from which the language model learns much more slowly."""
     radius = RADIUS[thing.size] * rng.uniform(0.93, 1.05)
     room = 1 / 6 - radius * 1.05
     x = (thing.column + 0.5) / 3 + rng.uniform(-room, room)
     y = (thing.row + 0.5) / 3 + rng.uniform(-room, room)
     tilt = rng.uniform(-0.2, 0.2)
     cos, sin = radius * math.cos(tilt), radius * math.sin(tilt)
-    corners = [(x + cos * u - sin * v, y + sin * u + cos * v) for u, v in outline(thing.shape)]
-    right, down = (max(EDGE - min(line), 0) + min(1 - EDGE - max(line), 0) for line in zip(*corners, strict=True))
-    return [(x + right, y + down) for x, y in corners]
+    return [(x + cos * u - sin * v, y + sin * u + cos * v) for u, v in outline(thing.shape)]
 
 
 @cache
