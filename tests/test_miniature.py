@@ -168,32 +168,32 @@ def test_answers_on_one_scene_are_those_that_a_person_would_give():
         (
             "Is the heart to the left or to the right of the blue star?",
             "The heart is small, red and at the top right; the blue star is small and at the bottom; "
-            "so the heart is to its right.",
+            "so the heart is to the right.",
         ),
         (
             "Is the blue star above the heart?",
             "The blue star is small and at the bottom; the heart is small, red and at the top right; "
-            "so the blue star is below it. Above it? No.",
+            "so the blue star is below. Above? No.",
         ),
         (
             "What shape is the object to the right of the blue star?",
-            "The blue star is small and at the bottom; to its right is a red object, which is a heart.",
+            "The blue star is small and at the bottom; to the right of it is the red object, which is a heart.",
         ),
         (
             "Is the object below the heart large or small?",
-            "The heart is small, red and at the top right; below it is a blue star, which is small.",
+            "The heart is small, red and at the top right; below it is the blue star, which is small.",
         ),
         (
-            "How many objects would be left without any stars?",
-            "Without any stars, the red heart would be left, so one.",
+            "How many objects would be left without the stars?",
+            "Without the stars, the red heart would be left, so one.",
         ),
         (
-            "If all hearts were taken away, how many objects would be left?",
-            "Without any hearts, the red star and the blue star would be left, so two.",
+            "If the hearts were taken away, how many objects would be left?",
+            "Without the hearts, the red star and the blue star would be left, so two.",
         ),
         (
-            "How many objects would be left without any small objects?",
-            "Without any small objects, the red star would be left, so one.",
+            "How many objects would be left without the small objects?",
+            "Without the small objects, the red star would be left, so one.",
         ),
     }
     assert expected <= set().union(*asked.values())
@@ -201,7 +201,7 @@ def test_answers_on_one_scene_are_those_that_a_person_would_give():
 
 def last_word(answer: str) -> str:
     """What an answer comes down to."""
-    return answer.rstrip(".").removesuffix(" it").split()[-1].lower()
+    return answer.rstrip(".").split()[-1].lower()
 
 
 @pytest.mark.parametrize("kind", ["count", "remaining"])
@@ -246,7 +246,7 @@ def test_relations_agree_with_rows_and_columns():
         a, b = (only(scene, question.parts[name]) for name in ("a", "b"))
         assert question.answer.count(PLACES[a.cell]) and question.answer.count(PLACES[b.cell])
         asked = re.findall("left|right|above|below", question.text)
-        (found,) = re.findall(r"; so .* is (?:to its )?(left|right|above|below)(?: it)?\.", question.answer)
+        (found,) = re.findall(r"; so .* is (?:to the )?(left|right|above|below)\.", question.answer)
         down, across = steps[found]
         assert (a.row - b.row) * down + (a.column - b.column) * across > 0
         if len(asked) == 1:

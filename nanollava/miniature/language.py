@@ -212,7 +212,6 @@ OPPOSITE = {"to the left of": "to the right of", "above": "below"}
 OPPOSITE |= {b: a for a, b in OPPOSITE.items()}
 EITHER = {"to the left of": "to the left or to the right of", "above": "above or below"}
 EITHER |= {b: EITHER[a] for a, b in OPPOSITE.items() if a in EITHER}
-FROM_IT = {"to the left of": "to its left", "to the right of": "to its right", "above": "above it", "below": "below it"}
 
 
 def ask_relation(scene: Scene, rng: random.Random) -> Candidates:
@@ -221,9 +220,9 @@ def ask_relation(scene: Scene, rng: random.Random) -> Candidates:
         parts = {"a": refer(scene, a, "cell", rng), "b": refer(scene, b, "cell", rng)}
         seen = f"{{a}} is {unsaid(a, parts['a'])}; {{b}} is {unsaid(b, parts['b'])}"
         for way in direction(a, b):
-            found = f"{seen}; so {{a}} is {FROM_IT[way]}."
+            found = f"{seen}; so {{a}} is {way.removesuffix(' of')}."
             for asked, verdict in ((way, "yes"), (OPPOSITE[way], "no")):
-                yield f"Is {{a}} {asked} {{b}}?", f"{found} {FROM_IT[asked]}? {verdict}.", parts, verdict
+                yield f"Is {{a}} {asked} {{b}}?", f"{found} {asked.removesuffix(' of')}? {verdict}.", parts, verdict
             yield f"Is {{a}} {EITHER[way]} {{b}}?", found, parts, way
 
 
@@ -234,13 +233,13 @@ def ask_neighbour(scene: Scene, rng: random.Random) -> Candidates:
         for way, a in ways:
             if [w for w, _ in ways].count(way) == 1:
                 parts = {"way": way, "b": refer(scene, b, "cell", rng)}
-                found = f"{{b}} is {unsaid(b, parts['b'])}; {FROM_IT[way]} is"
+                found = f"{{b}} is {unsaid(b, parts['b'])}; {{way}} it is the"
                 for wording, known, asked, outcome in (
                     ("What colour is the object {way} {b}?", f"{a.size} {a.shape}", a.colour, a.colour),
                     ("What shape is the object {way} {b}?", f"{a.colour} object", article(a.shape), a.shape),
                     ("Is the object {way} {b} large or small?", f"{a.colour} {a.shape}", a.size, a.size),
                 ):
-                    yield wording, f"{found} {article(known)}, which is {asked}.", parts, outcome
+                    yield wording, f"{found} {known}, which is {asked}.", parts, outcome
 
 
 def ask_remaining(scene: Scene, rng: random.Random) -> Candidates:
@@ -248,9 +247,9 @@ def ask_remaining(scene: Scene, rng: random.Random) -> Candidates:
     for what, things in groups(scene, rng):
         stay = [t for t in scene.things if t not in things]
         left, number = join([f"the {name}" for name in names(scene, stay)] or ["nothing"]), NUMBERS[len(stay)]
-        form, parts = f"Without any {{what}}, {left} would be left, so {number}.", {"what": what}
-        yield "If all {what} were taken away, how many objects would be left?", form, parts, number
-        yield "How many objects would be left without any {what}?", form, parts, number
+        form, parts = f"Without the {{what}}, {left} would be left, so {number}.", {"what": what}
+        yield "If the {what} were taken away, how many objects would be left?", form, parts, number
+        yield "How many objects would be left without the {what}?", form, parts, number
 
 
 CANDIDATES = {
