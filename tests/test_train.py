@@ -34,7 +34,7 @@ from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
 from nanollava.tokenizer import load_tokenizer
 from nanollava.train import loop
 from nanollava.train.data import Dataset, Example
-from nanollava.train.loop import draw
+from nanollava.train.loop import draw_batches
 
 N = 4  # patches of an image
 
@@ -418,14 +418,14 @@ def test_a_disk_full_of_optimizer_state_is_one_line_too(trainer, talks, aligned,
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 12])
 def test_batches_after_a_cut_are_those_of_an_undisturbed_run(batch_size):
     """Batches within an epoch, across epochs, and larger than one; every epoch has each group once."""
-    stream = draw(5, batch_size, seed=3)
+    stream = draw_batches(5, batch_size, seed=3)
     batches = [next(stream) for _ in range(20)]
     for skip in range(20):
-        assert next(draw(5, batch_size, 3, skip)) == batches[skip]
+        assert next(draw_batches(5, batch_size, 3, skip)) == batches[skip]
     flat = [number for batch in batches for number in batch]
     epochs = [tuple(flat[i : i + 5]) for i in range(0, len(flat) - 4, 5)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs) and len(set(epochs)) > 1
-    assert next(draw(50, 50, seed=3)) != next(draw(50, 50, seed=4))
+    assert next(draw_batches(50, 50, seed=3)) != next(draw_batches(50, 50, seed=4))
 
 
 # ---------------------------------------------------------------- an --out that does not suit
@@ -679,7 +679,7 @@ def test_a_step_of_damaged_pictures_alone_is_passed_over(parallel, trainer, shel
 def test_a_step_without_targets_moves_no_weight(trainer, talks, shelf, write, aligned, tmp_path, monkeypatch):
     """Two steps of which the second is all damage: momentum alone would move weights on."""
     data = write([GOOD[0], record("x", "half.png", "<image>\nWhat?", "No.")])
-    monkeypatch.setattr(loop, "draw", lambda groups, size, seed, skip: iter([[0], [1], [1]][skip:]))
+    monkeypatch.setattr(loop, "draw_batches", lambda groups, size, seed, skip: iter([[0], [1], [1]][skip:]))
     seen, update = [], loop.Run.update
 
     def spy(self, batches):

@@ -175,7 +175,7 @@ class Run:
 
     def prefetch(self) -> Iterator[list[Batch]]:
         """Batches of the remaining steps in order; the next one is made while the last one is trained on."""
-        numbers = draw(len(self.data), self.options.batch_size, self.options.seed, self.step)
+        numbers = draw_batches(len(self.data), self.options.batch_size, self.options.seed, self.step)
         make = lambda: self.data.batches(next(numbers), self.options.rows_at_once, self.parallel)  # noqa: E731
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(make)
@@ -268,7 +268,7 @@ def read_state(file: Path) -> dict:
         raise Error(f"{file}: damaged ({first_line(error)}); choose another --out and start again") from error
 
 
-def draw(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:
+def draw_batches(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:
     """Endless batches of group numbers: every epoch a new permutation, a batch may reach into the next epoch. A pure
     function of its arguments, so that a resumed run only has to ``skip`` the batches that were trained on."""
     first = skip * batch_size
