@@ -1,9 +1,8 @@
 """Checkpoints: official weights in, our own folders in and out.
 
-A folder is recognised by its config.json and the names of its tensors, never by its own name. The modules of this
-repository carry the official names inside, so that reading and writing needs no more than a table of prefixes for each
-layout. Three layouts are known: CLIP's, LLaMA's, and that of LLaVA v1.5, which is also our own, with the image tower's
-tensors and three fields ("vision_config", "template", "stage") added to it.
+A folder is recognised by its config.json and the names of its tensors, never by its own name; layouts.py knows the
+names. Our own folders are those of LLaVA v1.5, with the image tower's tensors and three fields ("vision_config",
+"template", "stage") added.
 """
 
 import json
@@ -16,45 +15,22 @@ from torch import Tensor, nn
 
 from nanollava import config as fields
 from nanollava import folder as files
+from nanollava import layouts
 from nanollava.error import Error
+from nanollava.layouts import CLIP, LLAMA, LLAVA, LLAVA_HF, Layout
 from nanollava.llama import Llama
 from nanollava.llava import Llava
 from nanollava.tokenizer import Tokenizer, load_tokenizer
 from nanollava.vit import VisionTransformer
 
-# A layout: what tensors are called in the files -> what they are called here, by prefix. The first that fits is how
-# they are read, the first that fits backwards how they are written. None: known, not needed, passed over.
-Layout = tuple[tuple[str, str | None], ...]
 Device = str | torch.device
 Dtype = torch.dtype | None
-
-CLIP: Layout = (
-    ("vision_model.encoder.layers.", "layers."),
-    ("vision_model.", ""),
-    ("text_model.", None),  # the other half of CLIP
-    ("text_projection.", None),
-    ("visual_projection.", None),
-    ("logit_scale", None),
-    ("encoder.layers.", "layers."),  # a bare tower as newer transformers may write it
-    ("", ""),
-)
-LLAMA: Layout = (("lm_head.", "lm_head."), ("model.", ""))
-TOWER = "model.vision_tower.vision_tower.vision_model."  # the official code's wrapper and what it wraps share a name
-LLAVA: Layout = (
-    (f"{TOWER}encoder.layers.", "vision.layers."),
-    (TOWER, "vision."),
-    ("model.mm_projector.", "projector."),
-    ("lm_head.", "language.lm_head."),
-    ("model.", "language."),
-)
-PASSED_OVER = (".rotary_emb.inv_freq", ".position_ids")  # tables that old versions stored and every model computes
-
 
 # ---------------------------------------------------------------- loading
 
 
 def load(folder: str | Path, device: Device = "cpu", dtype: Dtype = None, vision: str | Path | None = None) -> Llava:
-    """A LLaVA in eval mode from an official v1.5 folder or one of our own.
+    """A LLaVA in eval mode from an official v1.5 folder, one that transformers wrote (llava-hf), or one of our own.
 
     dtype: of all weights; None is bfloat16 on CUDA and float32 elsewhere.
     vision: a CLIP folder, for weights without an image tower; others refuse it. It is sought last, after the folder's
@@ -65,8 +41,11 @@ def load(folder: str | Path, device: Device = "cpu", dtype: Dtype = None, vision
     folder = files.last_good(folder)
     config, file = files.read_json(folder / "config.json"), folder / "config.json"
     fields.check_kind(config, file, "llava", "llava_llama")
+    layout = LLAVA_HF if "text_config" in config else LLAVA
+    if layout is LLAVA_HF:
+        config = fields.from_llava_hf(config, file)
     tower = None
-    if any(name.startswith(TOWER) for name in _stored(folder)):
+    if any(str(layouts.ours(name, layout)).startswith("vision.") for name in _stored(folder)):
         if vision is not None:
             raise Error(f"{folder}: has an image tower of its own; leave out {vision} (vision=, --vision)")
         sizes = fields.vision_config(fields.required(config, file, "vision_config"), file)
@@ -77,7 +56,7 @@ def load(folder: str | Path, device: Device = "cpu", dtype: Dtype = None, vision
     with torch.device("meta"):
         model = Llava(settings, _tokenizer(folder, settings.language.vocab_size))
     model.vision = tower or model.vision
-    _fill(model, folder, LLAVA, device, dtype)
+    _fill(model, folder, layout, device, dtype)
     _tie(model.language)
     return model.eval()
 
@@ -160,22 +139,6 @@ def _stored(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: shape for file in files.weight_files(folder) for name, shape in files.shapes(file).items()}
 
 
-def _ours(name: str, layout: Layout) -> str | None:
-    """What a tensor of a file is called here; None where it is passed over. Unknown names stay as they are."""
-    if name.endswith(PASSED_OVER):
-        return None
-    for theirs, ours in layout:
-        if name.startswith(theirs):
-            return None if ours is None else ours + name.removeprefix(theirs)
-    return name
-
-
-def _theirs(name: str, layout: Layout) -> str:
-    """What a tensor of a module is called in a file."""
-    theirs, ours = next((t, o) for t, o in layout if o is not None and name.startswith(o))
-    return theirs + name.removeprefix(ours)
-
-
 def _fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype: Dtype) -> None:
     """Give every parameter that is still on the meta device its tensor from the folder; each takes its memory once."""
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
@@ -195,9 +158,9 @@ def _match(module: nn.Module, folder: Path, layout: Layout) -> dict[str, str]:
     """
     stored, tied = _stored(folder), _tied(module)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if tensor.is_meta}
-    names = {theirs: ours for theirs in stored if (ours := _ours(theirs, layout)) is not None}
+    names = {theirs: ours for theirs in stored if (ours := layouts.ours(theirs, layout)) is not None}
     last = {ours: theirs for theirs, ours in names.items()}  # one tensor under two names is one too many
-    missing = [_theirs(name, layout) for name in wanted if name not in last and name not in tied]
+    missing = [layouts.theirs(name, layout) for name in wanted if name not in last and name not in tied]
     extra = [theirs for theirs, ours in names.items() if ours not in wanted or last[ours] != theirs]
     misshapen = [
         f"{theirs} is {stored[theirs]} for {wanted[ours]}"
@@ -277,7 +240,7 @@ def _write_tensors(module: nn.Module, folder: Path, layout: Layout, dtype: Dtype
     for name, tensor in module.state_dict().items():
         if name in tied:
             continue
-        tensors[_theirs(name, layout)] = stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        tensors[layouts.theirs(name, layout)] = stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         if not stored.isfinite().all():
             raise Error(f"{name} holds NaN or infinity as {stored.dtype}; go back to an earlier checkpoint")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -28,8 +28,6 @@ def check_kind(config: dict, file: Path, *kinds: str) -> None:
     kind = required(config, file, "model_type")
     if kind not in kinds:
         raise Error(f'{file}: model_type is "{kind}", expected {" or ".join(kinds)}; give another folder')
-    if "llava" in kinds and "text_config" in config:
-        raise Error(f"{file}: the layout of llava-hf (text_config) is not read; give the official one of liuhaotian")
 
 
 def required(config: dict, file: Path, name: str) -> Any:
@@ -37,6 +35,23 @@ def required(config: dict, file: Path, name: str) -> Any:
     if config.get(name) is None:
         raise Error(f'{file}: the field "{name}" is missing and has no default; add it')
     return config[name]
+
+
+def from_llava_hf(config: dict, file: Path) -> dict:
+    """The config of LlavaForConditionalGeneration (text_config and vision_config) in the official field names. Such
+    models crop their pictures, and were trained with v1.5's template."""
+    text = config["text_config"]
+    if not isinstance(text, dict) or text.get("model_type") not in (None, "llama"):
+        raise Error(f"{file}: text_config is not that of a LLaMA; only those are supported")
+    _supported(config, file, projector_hidden_act="gelu", vision_feature_select_strategy="default")
+    _supported(config, file, multimodal_projector_bias=True)
+    layer = config.get("vision_feature_layer")
+    return {
+        **text,
+        "vision_config": config.get("vision_config") or {},
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2 if layer is None else layer,
+    }
 
 
 def vision_config(config: dict, file: Path) -> VisionConfig:

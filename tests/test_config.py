@@ -51,7 +51,6 @@ def test_rope_theta_in_either_place():
 PROBLEMS = [
     ({"model_type": None}, '"model_type" is missing'),
     ({"model_type": "llama"}, "expected llava or llava_llama"),
-    ({"model_type": "llava", "text_config": {}}, "llava-hf"),
     ({"vision_config": "clip"}, "object with sizes"),
     ({"vision_config": {"hidden_act": "gelu"}}, "only 'quick_gelu'"),
     ({"vision_config": {"num_attention_heads": 7}}, "hidden_size 768 is not a multiple of num_attention_heads 7"),
