@@ -261,3 +261,9 @@ def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path, max_length: int)
 
 def _write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    from nanollava.convert import main  # it builds on this module
+
+    raise SystemExit(main())

@@ -18,8 +18,8 @@ TOLERANCE = 2e-5  # relative, float32: roundings of 1e-7 through a few blocks
 VISION = {"image_size": 24, "patch_size": 8, "hidden_size": 30, "intermediate_size": 44, "num_hidden_layers": 4,
           "num_attention_heads": 5}  # fmt: skip
 TEXT = {"vocab_size": 70, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 6,
-        "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
-        "max_position_embeddings": 99}  # fmt: skip
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 99,
+        "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}  # fmt: skip
 THEIR_IMAGE, N = 60, 9
 
 
