@@ -57,6 +57,8 @@ def load(folder: str | Path, device: Device = "cpu", dtype: Dtype = None, vision
         model = Llava(settings, _tokenizer(folder, settings.language.vocab_size))
     model.vision = tower or model.vision
     _fill(model, folder, layout, device, dtype)
+    if model.tokenizer and model.tokenizer.vocab_size == config.get("image_token_index"):
+        _cut_vocabulary(model.language, model.tokenizer.vocab_size)
     _tie(model.language)
     return model.eval()
 
@@ -187,6 +189,13 @@ def _read(folder: Path, names: dict[str, str], device: Device, dtype: torch.dtyp
     return tensors
 
 
+def _cut_vocabulary(language: Llama, rows: int) -> None:
+    """Drop the rows that llava-hf adds behind the tokenizer's pieces: for <image>, which needs none here, and <pad>."""
+    for part in (language.embed_tokens, language.lm_head):
+        part.weight = nn.Parameter(part.weight[:rows].detach().clone())
+    language.embed_tokens.num_embeddings = language.lm_head.out_features = language.config.vocab_size = rows
+
+
 def _tied(module: nn.Module) -> dict[str, str]:
     """The head's name -> the embedding's, where the config says that they are one matrix."""
     prefix, language = ("language.", module.language) if isinstance(module, Llava) else ("", module)
@@ -244,7 +253,6 @@ def _write_tensors(module: nn.Module, folder: Path, layout: Layout, dtype: Dtype
         if not stored.isfinite().all():
             raise Error(f"{name} holds NaN or infinity as {stored.dtype}; go back to an earlier checkpoint")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # save_file makes it its owner's only
 
 
 def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path, max_length: int) -> None:

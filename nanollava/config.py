@@ -18,6 +18,7 @@ from nanollava.vit import VisionConfig
 
 Config = TypeVar("Config", VisionConfig, LlamaConfig)
 LARGEST = 2**24  # no size of any model is larger
+OURS = ("image_aspect_ratio", "tokenizer_model_max_length", "template", "stage")  # what llava-hf has no field for
 
 
 # ---------------------------------------------------------------- in
@@ -38,16 +39,20 @@ def required(config: dict, file: Path, name: str) -> Any:
 
 
 def from_llava_hf(config: dict, file: Path) -> dict:
-    """The config of LlavaForConditionalGeneration (text_config and vision_config) in the official field names. Such
-    models crop their pictures, and were trained with v1.5's template."""
+    """The config of LlavaForConditionalGeneration (text_config and vision_config) in the official field names, and
+    those of ours that `llava_hf_fields` adds. Without these such models crop their pictures and know v1.5's template.
+    """
     text = config["text_config"]
     if not isinstance(text, dict) or text.get("model_type") not in (None, "llama"):
         raise Error(f"{file}: text_config is not that of a LLaMA; only those are supported")
     _supported(config, file, projector_hidden_act="gelu", vision_feature_select_strategy="default")
     _supported(config, file, multimodal_projector_bias=True)
     layer = config.get("vision_feature_layer")
+    ours = {name: config[name] for name in OURS if name in config}
     return {
         **text,
+        **ours,
+        "image_token_index": config.get("image_token_index", 32000),
         "vision_config": config.get("vision_config") or {},
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": -2 if layer is None else layer,
@@ -178,4 +183,26 @@ def llava_fields(config: LlavaConfig, dtype: torch.dtype) -> dict:
         "tokenizer_padding_side": "right",
         "template": config.template,
         "stage": config.stage,
+    }
+
+
+def llava_hf_fields(config: LlavaConfig, dtype: torch.dtype, image_token: int, vocab_size: int) -> dict:
+    """config.json of LlavaForConditionalGeneration (llava-hf), its vocabulary widened to hold the image token; with
+    four fields of ours, which transformers leaves alone."""
+    official = llava_fields(config, dtype)
+    text = language_fields(config.language, dtype) | {"vocab_size": vocab_size}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "text_config": text,
+        "vision_config": vision_fields(config.vision),
+        "image_token_index": image_token,
+        "pad_token_id": image_token + 1,
+        "image_seq_length": config.vision.num_patches,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": config.select_layer,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": config.language.tie_word_embeddings,
+        "torch_dtype": text["torch_dtype"],
+        **{name: official[name] for name in OURS},
     }

@@ -242,11 +242,13 @@ def _link(file: str | Path, other: str | Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Have everything in a folder on the disk itself, not only in the system's memory."""
+    """Have everything in a folder on the disk itself, not only in the system's memory, and readable as usual."""
     for item in sorted(folder.rglob("*")):
         if item.is_symlink():
             continue
         if item.is_file():
+            if item.suffix == ".safetensors":  # save_file makes them readable to their owner alone
+                item.chmod(folder.stat().st_mode & 0o666)
             with item.open("rb") as file:
                 os.fsync(file.fileno())
         else:

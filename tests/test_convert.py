@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from nanollava import convert
+from nanollava.checkpoint import load, save
 from nanollava.folder import tensors, weight_files
+from nanollava.llama import LlamaConfig
+from nanollava.llava import Llava, LlavaConfig
+from nanollava.tokenizer import Tokenizer
+from nanollava.vit import VisionConfig
 
 
 @pytest.fixture
@@ -75,3 +80,57 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(source, tmp_pat
     assert convert.main(["to-safetensors", str(source), str(tmp_path / "out")]) == 2
     assert "00002-of-00002.bin: damaged" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["done", "empty", "source", "there"]
+
+
+# ---------------------------------------------------------------- a LLaVA in other layouts
+
+
+def small_llava(tokenizer: Tokenizer | None, **settings) -> Llava:
+    torch.manual_seed(0)
+    vision, language = VisionConfig(24, 8, 30, 44, 4, 5), LlamaConfig(400, 48, 56, 3, 6, 2, rms_norm_eps=1e-5)
+    settings = {"projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad", "max_length": 99} | settings
+    return Llava(LlavaConfig(vision, language, **settings), tokenizer).eval()
+
+
+@pytest.mark.parametrize("kind", ["llava-hf", "llava"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ours_to_theirs_and_back_is_the_same_to_the_bit(kind, dtype, tiny_tokenizer_file, tmp_path):
+    model = small_llava(Tokenizer(tiny_tokenizer_file), template="llava_v1", stage="stage2", select_layer=-3)
+    save(model, tmp_path / "ours", dtype)
+    words = ["export", "--as", kind, str(tmp_path / "ours"), str(tmp_path / "theirs")]
+    assert convert.main(words) == 0
+    before, after = load(tmp_path / "ours", dtype=dtype), load(tmp_path / "theirs", dtype=dtype)
+    assert before.config == after.config and before.state_dict().keys() == after.state_dict().keys()
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True)
+    )
+    stored = {value.dtype for file in weight_files(tmp_path / "theirs") for _, value in tensors(file)}
+    assert stored == {dtype}
+    assert after.tokenizer.encode("A small red star.") == model.tokenizer.encode("A small red star.")
+
+
+def test_fp16_is_half_the_size(tiny_tokenizer_file, tmp_path):
+    save(small_llava(Tokenizer(tiny_tokenizer_file)), tmp_path / "ours")
+    for kind in ("llava-hf", "llava"):
+        words = ["export", "--as", kind, "--fp16", str(tmp_path / "ours"), str(tmp_path / kind)]
+        assert convert.main(words) == 0
+        assert {value.dtype for file in weight_files(tmp_path / kind) for _, value in tensors(file)} == {torch.float16}
+
+
+def test_the_added_rows_are_never_the_likeliest(tmp_path):
+    """Where all logits are below zero, rows of zeros would be."""
+    model = small_llava(None)
+    model.language.lm_head.weight.data.copy_(-model.language.embed_tokens.weight.abs())
+    save(model, tmp_path / "ours")
+    convert.export(tmp_path / "ours", tmp_path / "theirs", "llava-hf")
+    wide = load(tmp_path / "theirs").language.lm_head.weight  # without a tokenizer nothing is cut off again
+    assert len(wide) == 448
+    hidden = torch.randn(50, 48)
+    assert ((hidden @ wide.T).argmax(dim=1) < 400).all()
+
+
+def test_a_linear_projector_is_not_llava_hf_s(tmp_path, capsys):
+    save(small_llava(None, projector_type="linear"), tmp_path / "ours")
+    assert convert.main(["export", "--as", "llava-hf", str(tmp_path / "ours"), str(tmp_path / "out")]) == 2
+    assert "knows only mlp2x_gelu" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert convert.main(["export", "--as", "llava", str(tmp_path / "ours"), str(tmp_path / "out")]) == 0

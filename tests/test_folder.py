@@ -40,6 +40,13 @@ def test_a_new_folder_and_its_replacement_leave_nothing_behind(tmp_path):
         assert os.listdir(path.parent) == ["run"]
 
 
+def test_weights_may_be_read_by_whoever_may_read_the_folder(tmp_path):
+    with atomic_folder(tmp_path / "run") as new:
+        save_file({"x": torch.ones(1)}, new / "model.safetensors")
+    folder, file = (path.stat().st_mode & 0o777 for path in (tmp_path / "run", tmp_path / "run/model.safetensors"))
+    assert file == folder & 0o666
+
+
 def test_what_others_put_into_the_folder_stays_and_what_belongs_to_the_old_checkpoint_goes(tmp_path, monkeypatch):
     def no_links(*_):
         raise PermissionError
