@@ -1,4 +1,4 @@
-"""What is exported runs in transformers: the same logits; its processor gives the same ids and pixels, it the answer."""
+"""What is exported runs in transformers: the same logits, and by its processor the same ids, pixels and answer."""
 
 from pathlib import Path
 
