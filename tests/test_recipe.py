@@ -232,6 +232,9 @@ def test_one_model_is_evaluated_from_the_command_line(finished, capsys):
     assert evaluation.main([words[0], "--world", str(finished)]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 2 and all(line.startswith(f"error: {finished}") for line in error)
+    for number in ("0", "1001"):
+        assert evaluation.main([*words[:-1], number]) == 2
+        assert capsys.readouterr().err.startswith(f"error: --questions {number}: ")
 
 
 def test_f1_by_hand():

@@ -623,6 +623,12 @@ def test_when_nothing_can_be_printed_any_more_the_run_is_saved(error, trainer, t
         patch.setattr(os, "dup2", lambda *_: None)
         assert trainer.stage(2, talks, tmp_path / "out", *words) == (1 if isinstance(error, BrokenPipeError) else 2)
     assert trainer.stage(2, talks, tmp_path / "out", *words, "--resume") == 0
+    words = ("--model", aligned, "--steps", 2, "--batch-size", 2)  # and in the last step
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "report", gone)
+        patch.setattr(os, "dup2", lambda *_: None)
+        assert trainer.stage(2, talks, tmp_path / "whole", *words) != 0
+    assert loop.progress(tmp_path / "whole") == "finished"
 
 
 def test_a_step_takes_no_more_than_there_is(trainer, talks, aligned, tmp_path, capsys):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanollava.checkpoint import load
 from nanollava.conversation import encode
-from nanollava.error import forgive_encoding, one_line
+from nanollava.error import Error, forgive_encoding, one_line
 from nanollava.generate import Sampling, generate
 from nanollava.images import open_image, preprocess
 from nanollava.llava import Llava
@@ -32,6 +32,7 @@ from nanollava.miniature.world import Annotated, read_split
 from nanollava.train.data import read_list
 
 BATCH = 250  # questions generated at once
+MOST = 1000  # questions of one kind about the test scenes, none twice
 NOT_ALONE = ("relation", "neighbour")  # kinds that need more than one thing
 
 
@@ -212,6 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     forgive_encoding()
     try:
+        if not 1 <= args.questions <= MOST:
+            raise Error(f"--questions {args.questions}: give 1 to {MOST}, the test scenes hold no more")
         print(summary(evaluate({"model": load(args.model)}, args.world, args.questions), args.questions))
     except Exception as error:
         if not (line := one_line(error)):

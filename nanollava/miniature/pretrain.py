@@ -167,8 +167,9 @@ def pretrain_language(world: Path, folder: Path, tokenizer: Tokenizer, steps: in
     stage = LANGUAGE_STAGE
     options = Options(stage.lr, None, stage.batch_size, steps, optimizer="muon", save_every=500, log_every=50)
     run = folder.with_name(folder.name + ".run")
-    if progress(run) != "finished":
-        train(model, stage, data, None, run, options, resume=progress(run) == "begun")
+    done = progress(run)
+    if done != "finished":
+        train(model, stage, data, None, run, options, resume=done == "begun")
     save_language(load(run).language, tokenizer, folder)
     shutil.rmtree(run)
 

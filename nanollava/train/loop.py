@@ -120,8 +120,7 @@ class Run:
             try:
                 self.report(entry, last)
             except OSError:  # nobody reads what is printed any more, or a log's disk is full
-                if not last:
-                    self.save()
+                self.save(final=last)
                 raise
             due = self.options.save_every and self.step % self.options.save_every == 0
             stop = interrupted()  # asked once: what it promises, a save, comes before the end
