@@ -52,3 +52,15 @@ def test_its_processor_gives_our_ids_and_pixels_and_it_answers_as_we_do(exported
     assert np.array_equal(inputs["pixel_values"][0].numpy(), nanollava.preprocess(image, 48, "crop").numpy())
     answer = theirs.generate(**inputs, max_new_tokens=30, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert processor.decode(answer, skip_special_tokens=True).strip() == model.answer(image, QUESTION)
+
+
+def test_a_padded_model_is_exported_with_its_padding(tmp_path):
+    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with it: pip install .[oracle]")
+    model, picture = nanollava.load(MINIATURE), Image.effect_noise((90, 60), 99).convert("RGB")
+    model.config.image_aspect_ratio = "pad"
+    nanollava.save(model, tmp_path / "padded")
+    convert.export(tmp_path / "padded", tmp_path / "llava-hf", "llava-hf")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "llava-hf")
+    pixels = processor(text="<image>", images=picture, return_tensors="pt")["pixel_values"][0]
+    assert np.array_equal(pixels.numpy(), nanollava.preprocess(picture, 48, "pad").numpy())
+    assert nanollava.load(tmp_path / "llava-hf").config.image_aspect_ratio == "pad"
