@@ -179,10 +179,6 @@ def load(args: argparse.Namespace):
     import nanollava
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if (device == "cuda" and not torch.cuda.is_available()) or (
-        device == "mps" and not torch.backends.mps.is_available()
-    ):
-        raise Error(f"--device {device}: PyTorch finds none on this machine; leave it out or say cpu")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if dtype is None and device == "cpu" and not fits(args.folder):
         print("In float32 the weights would not fit in memory: they are loaded as bfloat16.", file=sys.stderr)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from nanollava.checkpoint import load, load_language, load_vision
+from nanollava.checkpoint import check_device, load, load_language, load_vision
 from nanollava.config import LARGEST
-from nanollava.error import Error, first_line, forgive_encoding, one_line
+from nanollava.error import Error, forgive_encoding, one_line
 from nanollava.folder import last_good
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.miniature.recipe import RECIPES, run_miniature
@@ -151,14 +151,6 @@ def check_numbers(args: argparse.Namespace) -> None:
                 raise Error(f"--{name.replace('_', '-')} is {value}: it must be {expected}")
     if args.val and args.val_fraction:
         raise Error("--val and --val-fraction: give one of them, not both")
-
-
-def check_device(name: str) -> None:
-    """Raises Error where PyTorch cannot compute there."""
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise Error(f"--device {name}: not to be used here ({first_line(error)}); leave it out or say cpu") from error
 
 
 def build_model(args: argparse.Namespace) -> Llava:

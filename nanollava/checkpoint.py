@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nanollava import config as fields
 from nanollava import folder as files
 from nanollava import layouts
-from nanollava.error import Error
+from nanollava.error import Error, first_line
 from nanollava.layouts import CLIP, LLAMA, LLAVA, LLAVA_HF, Layout
 from nanollava.llama import Llama
 from nanollava.llava import Llava
@@ -141,8 +141,17 @@ def _stored(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: shape for file in files.weight_files(folder) for name, shape in files.shapes(file).items()}
 
 
+def check_device(device: Device) -> None:
+    """Raises Error where PyTorch cannot compute there."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise Error(f"device {device}: not to be used here ({first_line(error)}); leave it out or say cpu") from error
+
+
 def _fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype: Dtype) -> None:
     """Give every parameter that is still on the meta device its tensor from the folder; each takes its memory once."""
+    check_device(device)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     if not isinstance(dtype, torch.dtype):
         raise Error(f"dtype is {dtype!r}: give one of PyTorch's, such as torch.bfloat16")

@@ -282,10 +282,14 @@ def test_wrong_settings_and_images_are_told_before_the_weights_are_read(talk, im
 
 
 def test_a_device_that_is_not_there(talk, folder, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    def refuse(*_, device: str) -> None:
+        raise AssertionError(f"no {device} here\nand more about it")
+
+    monkeypatch.setattr(torch, "zeros", refuse)
     status, _, errors = talk("", folder, "--device", "cuda")
-    assert status == 2
-    assert "--device cuda" in errors
+    assert (status, errors) == (
+        2, "error: device cuda: not to be used here (no cuda here); leave it out or say cpu\n"
+    )  # fmt: skip
 
 
 def test_weights_without_a_tokenizer_cannot_chat(talk, scripted_model, tmp_path):

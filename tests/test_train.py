@@ -820,7 +820,7 @@ def test_two_kinds_of_validation_are_one_too_many(trainer, captions, tmp_path, c
 @pytest.mark.parametrize("device", ["nonsense", "meta", *([] if torch.cuda.is_available() else ["cuda", "cuda:0"])])
 def test_a_device_that_is_not_there_is_one_line(device, trainer, captions, tmp_path, capsys):
     status = trainer.stage(1, captions, tmp_path / "out", "--device", device)
-    assert f"--device {device}: " in refused(capsys, status)
+    assert f"device {device}: not to be used here" in refused(capsys, status)
 
 
 # ---------------------------------------------------------------- numbers that run away
