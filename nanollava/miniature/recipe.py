@@ -95,11 +95,15 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
     talk = f"talk to it:  {python()} chat.py {bundle or stage2} --image {out / 'sample.png'}"
     print(f"{text}\n\n{clock.summary()}\n{talk}", flush=True)
     if bundle:
-        name = next(name for name, known in RECIPES.items() if known == recipe)
-        facts = {"recipe": name, "out": out, "bundle": bundle, "machine": processor(), "clock": clock.summary()}
-        millions = sum(p.numel() for p in load(bundle).parameters()) / 1e6
-        readme = BUNDLE_README.format(**facts, millions=millions, text=text)
-        (bundle / "README.md").write_text(readme)
+        facts = {"out": out, "bundle": bundle, "machine": processor(), "clock": clock.summary(), "text": text}
+        (bundle / "README.md").write_text(bundle_readme(bundle, recipe, facts))
+
+
+def bundle_readme(bundle: Path, recipe: Recipe, facts: dict) -> str:
+    """The page beside the weights: how they were made, and what they can do."""
+    name = next(name for name, known in RECIPES.items() if known == recipe)
+    millions = sum(p.numel() for p in load(bundle).parameters()) / 1e6
+    return BUNDLE_README.format(recipe=name, millions=millions, **facts)
 
 
 def check_bundle(bundle: Path, out: Path) -> None:
