@@ -14,7 +14,7 @@ from contextlib import closing, suppress
 from itertools import chain
 from pathlib import Path
 
-from nanollava.error import Error, forgive_encoding, one_line  # what needs PyTorch is imported late: --help is instant
+from nanollava.error import Error, forgive_encoding, say  # what needs PyTorch is imported late: --help is instant
 
 MINIATURE = Path(__file__).resolve().parent / "weights" / "miniature"
 SAMPLE = MINIATURE / "sample.png"
@@ -44,10 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
         return 1
     except Exception as error:
-        if not (line := one_line(error)):
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
+        return say(error)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ import torch
 
 from nanollava.checkpoint import check_device, load, load_language, load_vision
 from nanollava.config import LARGEST
-from nanollava.error import Error, forgive_encoding, one_line
+from nanollava.error import Error, forgive_encoding, say
 from nanollava.folder import last_good
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.miniature.recipe import RECIPES, run_miniature
@@ -47,10 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         return 1
     except Exception as error:
-        if not (line := one_line(error)):
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
+        return say(error)
     return 0
 
 

@@ -9,7 +9,6 @@ What can be done to checkpoint folders:
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from nanollava import config as fields
 from nanollava import folder as files
 from nanollava import images, layouts
 from nanollava.checkpoint import load, save
-from nanollava.error import Error, forgive_encoding, one_line
+from nanollava.error import Error, forgive_encoding, say
 from nanollava.llava import Llava
 
 
@@ -168,8 +167,5 @@ def main(argv: list[str] | None = None) -> int:
         else:
             export(args.source, args.target, args.kind, torch.float16 if args.fp16 else None, args.vision)
     except Exception as error:
-        if not (line := one_line(error)):
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
+        return say(error)
     return 0

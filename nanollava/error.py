@@ -21,6 +21,14 @@ def one_line(error: Exception) -> str | None:
     return None
 
 
+def say(error: Exception) -> int:
+    """Print what a user or the machine did wrong, in one line; the exit status. A mistake of ours is raised again."""
+    if not (line := one_line(error)):
+        raise error
+    print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
 def first_line(error: Exception) -> str:
     """What another library's exception says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanollava.checkpoint import load
 from nanollava.conversation import encode
-from nanollava.error import Error, forgive_encoding, one_line
+from nanollava.error import Error, forgive_encoding, say
 from nanollava.generate import Sampling, generate
 from nanollava.images import open_image, preprocess
 from nanollava.llava import Llava
@@ -217,10 +217,7 @@ def main(argv: list[str] | None = None) -> int:
             raise Error(f"--questions {args.questions}: give 1 to {MOST}, the test scenes hold no more")
         print(summary(evaluate({"model": load(args.model)}, args.world, args.questions), args.questions))
     except Exception as error:
-        if not (line := one_line(error)):
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
+        return say(error)
     return 0
 
 

@@ -140,8 +140,7 @@ def polygon(corners: int, radius: float, turn: float = 0.0) -> tuple[tuple[float
 
 def place_thing(thing: Thing, rng: random.Random) -> list[tuple[float, float]]:
     """Corners of a thing in a picture of side 1: about the middle of its cell, slightly tilted. The tips of a large one
-    may reach a little over the edge of the cell, and so of the picture: moved inwards they would reach further into the
-    patch next to theirs, and the language model learnt more slowly from that (tried once)."""
+    may reach a little over the edge of the cell, and so of the picture."""
     radius = RADIUS[thing.size] * rng.uniform(0.93, 1.05)
     room = 1 / 6 - radius * 1.05
     x = (thing.column + 0.5) / 3 + rng.uniform(-room, room)
