@@ -55,6 +55,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--image", metavar="FILE", type=Path, help="what to talk about; the miniature has a sample image")
     add("--ask", metavar="TEXT", help="answer this one question and leave")
     add("--vision", metavar="FOLDER", type=Path, help="the CLIP folder, for weights that come without an image tower")
+    add(
+        "--base",
+        metavar="FOLDER",
+        type=Path,
+        help="the language model that a LoRA or an mm_projector.bin was trained on",
+    )
     add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, otherwise cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, otherwise float32")
     add("--temperature", type=float, default=0.0, help="0 (default): the most likely words; 1: as varied as the model")
@@ -177,20 +183,22 @@ def load(args: argparse.Namespace):
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    if dtype is None and device == "cpu" and not fits(args.folder):
+    if dtype is None and device == "cpu" and not fits(args.folder, args.base):
         print("In float32 the weights would not fit in memory: they are loaded as bfloat16.", file=sys.stderr)
         dtype = torch.bfloat16
-    return nanollava.load(args.folder, device, dtype, args.vision)
+    return nanollava.load(args.folder, device, dtype, args.vision, args.base)
 
 
-def fits(folder: Path) -> bool:
+def fits(folder: Path, base: Path | None = None) -> bool:
     """Whether the weights of a folder, four bytes a number, leave a tenth of this machine's memory free."""
-    from nanollava.folder import last_good, shapes, weight_files
+    from nanollava.checkpoint import language_folder
+    from nanollava.folder import last_good
+    from nanollava.weights import stored_shapes
 
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}) or not (folder / "config.json").is_file():
         return True  # not known; of a folder that is no checkpoint, loading says it better
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    numbers = sum(math.prod(shape) for file in weight_files(last_good(folder)) for shape in shapes(file).values())
+    numbers = sum(map(math.prod, stored_shapes(language_folder(last_good(folder), base)).values()))
     return 4 * numbers < 0.9 * memory
 
 

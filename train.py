@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from nanollava.checkpoint import check_device, load, load_language, load_vision
+from nanollava.checkpoint import load, load_language, load_vision
 from nanollava.config import LARGEST
 from nanollava.error import Error, forgive_encoding, say
 from nanollava.folder import last_good
@@ -27,6 +27,7 @@ from nanollava.tokenizer import load_tokenizer
 from nanollava.train.data import Dataset, Example, Report, group_by_image, read_records
 from nanollava.train.loop import Options, check_out, progress, train
 from nanollava.train.stages import STAGES, Stage
+from nanollava.weights import check_device
 
 ABOVE_0 = ("max_length", "lr", "projector_lr", "clip", "batch_size", "epochs", "steps", "log_every", "parallel")
 NOT_NEGATIVE = ("weight_decay", "rows_at_once", "val_every", "save_every")

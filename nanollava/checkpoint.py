@@ -10,31 +10,36 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from nanollava import config as fields
 from nanollava import folder as files
-from nanollava import layouts
-from nanollava.error import Error, first_line
-from nanollava.layouts import CLIP, LLAMA, LLAVA, LLAVA_HF, Layout
+from nanollava import layouts, lora
+from nanollava.error import Error
+from nanollava.layouts import CLIP, LLAMA, LLAVA, LLAVA_HF, PROJECTOR
 from nanollava.llama import Llama
 from nanollava.llava import Llava
-from nanollava.tokenizer import Tokenizer, load_tokenizer
+from nanollava.tokenizer import IMAGE_TOKEN_ID, Tokenizer, added_tokens, load_tokenizer
 from nanollava.vit import VisionTransformer
-
-Device = str | torch.device
-Dtype = torch.dtype | None
+from nanollava.weights import Device, Dtype, cut_vocabulary, fill, stored_shapes, tie, write_tensors
 
 # ---------------------------------------------------------------- loading
 
 
-def load(folder: str | Path, device: Device = "cpu", dtype: Dtype = None, vision: str | Path | None = None) -> Llava:
-    """A LLaVA in eval mode from an official v1.5 folder, one that transformers wrote (llava-hf), or one of our own.
+def load(
+    folder: str | Path,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    vision: str | Path | None = None,
+    base: str | Path | None = None,
+) -> Llava:
+    """A LLaVA in eval mode: an official folder (v0 to v1.5), one that transformers wrote (llava-hf), one of our own, or
+    what an official run trained over a base: a LoRA, or stage 1's mm_projector.bin.
 
     dtype: of all weights; None is bfloat16 on CUDA and float32 elsewhere.
     vision: a CLIP folder, for weights without an image tower; others refuse it. It is sought last, after the folder's
     subfolder vision_tower/ and the folder beside it that is named like the last part of `mm_vision_tower`.
+    base: the folder of the language model that was trained over; None is the one beside the folder that is named like
+    the last part of the base's name. Whole models refuse it.
     Without tokenizer.model in the folder, `model.tokenizer` is None.
     Raises Error for whatever is missing, damaged or does not fit together.
     """
@@ -44,8 +49,8 @@ def load(folder: str | Path, device: Device = "cpu", dtype: Dtype = None, vision
     layout = LLAVA_HF if "text_config" in config else LLAVA
     if layout is LLAVA_HF:
         config = fields.from_llava_hf(config, file)
-    tower = None
-    if any(str(layouts.ours(name, layout)).startswith("vision.") for name in _stored(folder)):
+    weights, tower = language_folder(folder, base), None
+    if any(str(layouts.ours(name, layout)).startswith("vision.") for name in stored_shapes(weights)):
         if vision is not None:
             raise Error(f"{folder}: has an image tower of its own; leave out {vision} (vision=, --vision)")
         sizes = fields.vision_config(fields.required(config, file, "vision_config"), file)
@@ -54,12 +59,17 @@ def load(folder: str | Path, device: Device = "cpu", dtype: Dtype = None, vision
         sizes = tower.config
     settings = fields.llava_config(config, file, sizes)
     with torch.device("meta"):
-        model = Llava(settings, _tokenizer(folder, settings.language.vocab_size))
+        model = Llava(settings, _tokenizer(weights, settings.language.vocab_size))
     model.vision = tower or model.vision
-    _fill(model, folder, layout, device, dtype)
+    if weights == folder:
+        fill(model, folder, layout, device, dtype)
+    else:
+        _fill_over_base(model, folder, weights, device, dtype)
     if model.tokenizer and model.tokenizer.vocab_size == config.get("image_token_index"):
-        _cut_vocabulary(model.language, model.tokenizer.vocab_size)
-    _tie(model.language)
+        cut_vocabulary(model.language, model.tokenizer.vocab_size)
+    if settings.use_im_start_end and model.tokenizer:
+        _name_image_marks(model, folder, "template" in config)
+    tie(model.language)
     return model.eval()
 
 
@@ -71,7 +81,7 @@ def load_vision(folder: str | Path, device: Device = "cpu", dtype: Dtype = None)
     sizes = config.get("vision_config") or {} if config["model_type"] == "clip" else config
     with torch.device("meta"):
         tower = VisionTransformer(fields.vision_config(sizes, file))
-    _fill(tower, folder, CLIP, device, dtype)
+    fill(tower, folder, CLIP, device, dtype)
     return tower.eval()
 
 
@@ -85,9 +95,63 @@ def load_language(folder: str | Path, device: Device = "cpu", dtype: Dtype = Non
     _tokenizer(folder, settings.vocab_size)
     with torch.device("meta"):
         model = Llama(settings)
-    _fill(model, folder, LLAMA, device, dtype)
-    _tie(model)
+    fill(model, folder, LLAMA, device, dtype)
+    tie(model)
     return model.eval()
+
+
+def language_folder(folder: Path, base: str | Path | None = None) -> Path:
+    """Where the language model's weights are: in the folder itself, or, where it holds no more than was trained, in its
+    base. Raises Error where that is not found, and for a base that nobody asked for."""
+    adapter = folder / "adapter_config.json"
+    whole = any(folder.glob("pytorch_model*")) or any(folder.glob("model*.safetensors*"))
+    if whole or not (adapter.is_file() or (folder / "mm_projector.bin").is_file()):
+        if base is not None:
+            raise Error(f"{folder}: holds a whole model; leave out {base} (base=, --base)")
+        return folder
+    if adapter.is_file():
+        name = files.read_json(adapter).get("base_model_name_or_path")
+    else:
+        name = files.read_json(folder / "config.json").get("_name_or_path")
+    beside = folder.resolve().parent / Path(str(name or "base")).name
+    place = files.last_good(base or beside)
+    if not place.is_dir() or place.resolve() == folder.resolve():
+        raise Error(
+            f'{folder}: was trained over a base, "{name}", which is not in {place}; give its folder (base=, --base) or '
+            f"fetch it: hf download {name or 'lmsys/vicuna-7b-v1.5'} --local-dir {beside}"
+        )
+    return place
+
+
+def _fill_over_base(model: Llava, folder: Path, base: Path, device: Device, dtype: Dtype) -> None:
+    """The base as language model, the projector that was trained with it, and what LoRA adds to it."""
+    adapted, sizes = (folder / "adapter_config.json").is_file(), model.config.language
+    language = load_language(base, device, dtype)
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if getattr(language.config, name) != getattr(sizes, name):
+            there, here = getattr(language.config, name), getattr(sizes, name)
+            raise Error(f"{base}: {name} is {there}, but {folder} was trained over one with {here}; give its base")
+    model.language, model.config.language = language, language.config
+    projector = folder / ("non_lora_trainables.bin" if adapted else "mm_projector.bin")
+    if not projector.is_file():
+        raise Error(f"{projector}: no such file; a LoRA run keeps its projector there, is the download complete?")
+    fill(model.projector, projector, PROJECTOR, device, dtype)
+    if adapted:
+        lora.merge(language, folder)
+    else:
+        model.config.stage, model.config.template = "stage1", "plain"
+
+
+def _name_image_marks(model: Llava, folder: Path, template_known: bool) -> None:
+    """Let an image stand between <im_start> and <im_end>, as v0 and v1 were trained. Their configs name no template: v0
+    is known by its padding token."""
+    added = added_tokens(folder)
+    if missing := [token for token in ("<im_start>", "<im_end>") if token not in added]:
+        asked = f"{' and '.join(missing)} missing, which config.json asks for (mm_use_im_start_end)"
+        raise Error(f"{folder / 'added_tokens.json'}: {asked}; fetch the file again")
+    model.tokenizer.image_ids = [added["<im_start>"], IMAGE_TOKEN_ID, added["<im_end>"]]
+    if not template_known:
+        model.config.template = "llava_v0" if "[PAD]" in added else "llava_v1"
 
 
 def _find_vision(folder: Path, config: dict, vision: str | Path | None) -> Path:
@@ -123,99 +187,12 @@ def check_tokenizer(tokenizer: Tokenizer, rows: int) -> None:
     More rows than pieces are right where added_tokens.json beside the model names them, or where they pad the embedding
     to a multiple of 64.
     """
-    added = tokenizer.file.parent / "added_tokens.json"
-    ids = [i for i in files.read_json(added).values() if isinstance(i, int)] if added.is_file() else []
-    size = max([tokenizer.vocab_size, *(i + 1 for i in ids)])
+    size = max([tokenizer.vocab_size, *(i + 1 for i in added_tokens(tokenizer.file.parent).values())])
     if size != rows and not (size < rows <= size + 64 and rows % 64 == 0):
         raise Error(
             f"{tokenizer.file}: {size} tokens, but the embedding has {rows} rows (vocab_size); use the tokenizer that "
             "the weights were trained with"
         )
-
-
-# ---------------------------------------------------------------- tensors into modules
-
-
-def _stored(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a folder, as called there."""
-    return {name: shape for file in files.weight_files(folder) for name, shape in files.shapes(file).items()}
-
-
-def check_device(device: Device) -> None:
-    """Raises Error where PyTorch cannot compute there."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise Error(f"device {device}: not to be used here ({first_line(error)}); leave it out or say cpu") from error
-
-
-def _fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype: Dtype) -> None:
-    """Give every parameter that is still on the meta device its tensor from the folder; each takes its memory once."""
-    check_device(device)
-    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-    if not isinstance(dtype, torch.dtype):
-        raise Error(f"dtype is {dtype!r}: give one of PyTorch's, such as torch.bfloat16")
-    tensors = _read(folder, _match(module, folder, layout), device, dtype)
-    for head, embedding in _tied(module).items():
-        if not torch.equal(tensors.setdefault(head, tensors[embedding]), tensors[embedding]):
-            raise Error(f"{folder}: lm_head.weight is not the embedding; config.json must not say tie_word_embeddings")
-    module.load_state_dict({**module.state_dict(), **tensors}, assign=True)
-
-
-def _match(module: nn.Module, folder: Path, layout: Layout) -> dict[str, str]:
-    """The files' name -> ours of each tensor that belongs to the module.
-
-    Raises one Error with all that are missing, not expected or of another shape, before any tensor is read.
-    """
-    stored, tied = _stored(folder), _tied(module)
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if tensor.is_meta}
-    names = {theirs: ours for theirs in stored if (ours := layouts.ours(theirs, layout)) is not None}
-    last = {ours: theirs for theirs, ours in names.items()}  # one tensor under two names is one too many
-    missing = [layouts.theirs(name, layout) for name in wanted if name not in last and name not in tied]
-    extra = [theirs for theirs, ours in names.items() if ours not in wanted or last[ours] != theirs]
-    misshapen = [
-        f"{theirs} is {stored[theirs]} for {wanted[ours]}"
-        for theirs, ours in names.items()
-        if ours in wanted and stored[theirs] != wanted[ours]
-    ]
-    kinds = (("missing", missing), ("not expected", extra), ("of another shape", misshapen))
-    if problems := [f"{files.some(tensors)} {kind}" for kind, tensors in kinds if tensors]:
-        raise Error(f"{folder}: the tensors are not those that config.json promises: {'; '.join(problems)}")
-    return names
-
-
-def _read(folder: Path, names: dict[str, str], device: Device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Our name -> tensor, read one after the other. Raises one Error with all that hold something else than numbers."""
-    tensors, bad = {}, []
-    for file in files.weight_files(folder):
-        for theirs, stored in files.tensors(file):
-            if theirs in names:
-                tensors[names[theirs]] = tensor = stored.to(device, dtype, copy=True)
-                if not stored.is_floating_point() or not tensor.isfinite().all():
-                    bad.append(theirs)
-    if bad:
-        raise Error(f"{folder}: {files.some(bad)} tensors hold NaN, infinity or integers as {dtype}; fetch them again")
-    return tensors
-
-
-def _cut_vocabulary(language: Llama, rows: int) -> None:
-    """Drop the rows that llava-hf adds behind the tokenizer's pieces: for <image>, which needs none here, and <pad>."""
-    for part in (language.embed_tokens, language.lm_head):
-        part.weight = nn.Parameter(part.weight[:rows].detach().clone())
-    language.embed_tokens.num_embeddings = language.lm_head.out_features = language.config.vocab_size = rows
-
-
-def _tied(module: nn.Module) -> dict[str, str]:
-    """The head's name -> the embedding's, where the config says that they are one matrix."""
-    prefix, language = ("language.", module.language) if isinstance(module, Llava) else ("", module)
-    tied = isinstance(language, Llama) and language.config.tie_word_embeddings
-    return {f"{prefix}lm_head.weight": f"{prefix}embed_tokens.weight"} if tied else {}
-
-
-def _tie(language: Llama) -> None:
-    """Make head and embedding one parameter again, after each was assigned."""
-    if language.config.tie_word_embeddings:
-        language.lm_head.weight = language.embed_tokens.weight
 
 
 # ---------------------------------------------------------------- saving
@@ -235,7 +212,7 @@ def save_vision(tower: VisionTransformer, folder: str | Path, dtype: Dtype = Non
     """Write an image tower as an official CLIP folder; otherwise like `save`."""
     with files.atomic_folder(folder) as new:
         _write_json(new / "config.json", fields.vision_fields(tower.config))
-        _write_tensors(tower, new, CLIP, dtype)
+        write_tensors(tower, new, CLIP, dtype)
 
 
 def save_language(llm: Llama, tokenizer: Tokenizer | None, folder: str | Path, dtype: Dtype = None) -> None:
@@ -243,25 +220,19 @@ def save_language(llm: Llama, tokenizer: Tokenizer | None, folder: str | Path, d
     with files.atomic_folder(folder) as new:
         _write_json(new / "config.json", fields.language_fields(llm.config, dtype or llm.norm.weight.dtype))
         _write_tokenizer(tokenizer, new, llm.config.max_position_embeddings)
-        _write_tensors(llm, new, LLAMA, dtype)
+        write_tensors(llm, new, LLAMA, dtype)
 
 
 def write(model: Llava, folder: Path, dtype: Dtype = None) -> None:
     """The files of `save` into a folder that exists: for a block of `atomic_folder` that writes others beside them."""
-    _write_json(folder / "config.json", fields.llava_fields(model.config, dtype or model.language.norm.weight.dtype))
+    write_settings(model, folder, dtype or model.language.norm.weight.dtype)
+    write_tensors(model, folder, LLAVA, dtype)
+
+
+def write_settings(model: Llava, folder: Path, dtype: torch.dtype) -> None:
+    """Config and tokenizer beside weights of that dtype."""
+    _write_json(folder / "config.json", fields.llava_fields(model.config, dtype))
     _write_tokenizer(model.tokenizer, folder, model.config.max_length)
-    _write_tensors(model, folder, LLAVA, dtype)
-
-
-def _write_tensors(module: nn.Module, folder: Path, layout: Layout, dtype: Dtype) -> None:
-    tied, tensors = _tied(module), {}
-    for name, tensor in module.state_dict().items():
-        if name in tied:
-            continue
-        tensors[layouts.theirs(name, layout)] = stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        if not stored.isfinite().all():
-            raise Error(f"{name} holds NaN or infinity as {stored.dtype}; go back to an earlier checkpoint")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path, max_length: int) -> None:

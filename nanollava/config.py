@@ -85,7 +85,7 @@ def language_config(config: dict, file: Path) -> LlamaConfig:
 
 def llava_config(config: dict, file: Path, vision: VisionConfig) -> LlavaConfig:
     """LLaVA's own fields around those of its two parts; `vision` is the tower's, wherever that comes from."""
-    _supported(config, file, mm_vision_select_feature="patch", mm_use_im_start_end=False)
+    _supported(config, file, mm_vision_select_feature="patch")
     if config.get("mm_hidden_size") not in (None, vision.hidden_size):
         raise Error(
             f"{file}: mm_hidden_size is {config['mm_hidden_size']}, but the image tower is {vision.hidden_size} wide; "
@@ -101,6 +101,7 @@ def llava_config(config: dict, file: Path, vision: VisionConfig) -> LlavaConfig:
         projector_type=_choice(config, file, "mm_projector_type", "linear", "mlp2x_gelu"),
         select_layer=layer,
         image_aspect_ratio="pad" if aspect == "pad" else "crop",
+        use_im_start_end=_value({"mm_use_im_start_end": False, **config}, file, "mm_use_im_start_end", bool),
         template=_choice(config, file, "template", "vicuna_v1", *TEMPLATES),
         max_length=_value({"tokenizer_model_max_length": 2048, **config}, file, "tokenizer_model_max_length", int),
         stage=_choice(config, file, "stage", "", "stage1", "stage2"),
@@ -176,7 +177,7 @@ def llava_fields(config: LlavaConfig, dtype: torch.dtype) -> dict:
         "mm_projector_type": config.projector_type,
         "mm_vision_select_layer": config.select_layer,
         "mm_vision_select_feature": "patch",
-        "mm_use_im_start_end": False,
+        "mm_use_im_start_end": config.use_im_start_end,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": config.image_aspect_ratio,
         "tokenizer_model_max_length": config.max_length,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from nanollava.error import Error
-from nanollava.tokenizer import IMAGE_TOKEN, IMAGE_TOKEN_ID, Tokenizer, need_tokenizer
+from nanollava.tokenizer import IMAGE_TOKEN, Tokenizer, need_tokenizer
 
 IGNORE = -100  # the label of a token that carries no loss
 
@@ -192,7 +192,8 @@ def _segment_ids(segment: Segment, tokenizer: Tokenizer, prefix: bool) -> list[i
     """Token ids of one segment."""
     if not segment.special:
         return tokenizer.encode(segment.text, bos=False, prefix=prefix)
-    return [{IMAGE_TOKEN: IMAGE_TOKEN_ID, BEGIN.text: tokenizer.bos_id, END.text: tokenizer.eos_id}[segment.text]]
+    special = {IMAGE_TOKEN: tokenizer.image_ids, BEGIN.text: [tokenizer.bos_id], END.text: [tokenizer.eos_id]}
+    return special[segment.text]
 
 
 def _image_first(text: str) -> str:

@@ -1,25 +1,47 @@
-"""python -m nanollava.checkpoint to-safetensors|export ...
+"""python -m nanollava.checkpoint to-safetensors|apply-delta|export|make-random ...
 
 What can be done to checkpoint folders:
     to-safetensors SRC DST          the same tensors under the same names in .safetensors files, which run no code
+    apply-delta BASE DELTA DST      LLaVA v0 and v1.1 were published as differences from LLaMA or Vicuna: their sum
     export --as llava-hf SRC DST    a LLaVA as transformers' LlavaForConditionalGeneration reads it
-    export --as llava SRC DST       a LLaVA in the official layout of v1.5, its image tower among its tensors
+    export --as llava SRC DST       a LLaVA in the official layout of v1.5, its image tower among its tensors; of a
+                                    LoRA or an mm_projector.bin a whole model
+    make-random --like SIZE DST     a LLaVA of an official size with random weights, to try what this machine can hold
 """
 
 import argparse
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from nanollava import config as fields
 from nanollava import folder as files
 from nanollava import images, layouts
-from nanollava.checkpoint import load, save
+from nanollava.checkpoint import check_tokenizer, language_folder, load, save, write_settings
 from nanollava.error import Error, forgive_encoding, say
-from nanollava.llava import Llava
+from nanollava.llama import LlamaConfig
+from nanollava.llava import Llava, LlavaConfig
+from nanollava.tokenizer import Tokenizer
+from nanollava.vit import VisionConfig
+from nanollava.weights import stored_shapes
+
+TAKEN_AS_IS = (*layouts.PASSED_OVER, *(f".mm_projector.{part}" for part in ("weight", "bias")))  # of a delta
+SHARD = 5 * 10**9  # bytes, as on the hubs
+TOWER = VisionConfig(336, 14, 1024, 4096, 24, 16)
+OFFICIAL = {
+    "llava-1.5-7b": LlavaConfig(
+        TOWER, LlamaConfig(rms_norm_eps=1e-5, max_position_embeddings=4096), "mlp2x_gelu", image_aspect_ratio="pad"
+    ),
+    "llava-1.5-13b": LlavaConfig(
+        TOWER, LlamaConfig(32000, 5120, 13824, 40, 40, rms_norm_eps=1e-5, max_position_embeddings=4096), "mlp2x_gelu",
+        image_aspect_ratio="pad",
+    ),
+}  # fmt: skip
 
 
 def to_safetensors(source: Path, target: Path) -> None:
@@ -32,21 +54,94 @@ def to_safetensors(source: Path, target: Path) -> None:
         raise Error(f"{source}: its weights are {shards[0].suffix} files already; nothing to convert")
     check_new(target)
     with files.atomic_folder(target) as new:
-        weight_map, total = {}, 0
-        for number, shard in enumerate(shards, start=1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            # a matrix that two names share is written twice: safetensors knows no sharing
-            tensors = {tensor: value.contiguous().clone() for tensor, value in files.tensors(shard)}
-            save_file(tensors, new / name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, name)
-            total += sum(value.nbytes for value in tensors.values())
-            print(f"{shard.name} -> {name}: {len(tensors)} tensors", flush=True)
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        for file in source.iterdir():
-            if file.is_file() and file.suffix != ".bin" and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, new / file.name)
+        # a matrix that two names share is written twice: safetensors knows no sharing
+        parts = ({name: value.contiguous().clone() for name, value in files.tensors(shard)} for shard in shards)
+        write_shards(parts, len(shards), new)
+        copy_settings(source, new)
+
+
+def write_shards(parts: Iterable[dict[str, Tensor]], count: int, folder: Path) -> None:
+    """Tensors under their names in ``count`` files with an index, or in one file. Only one part is held in memory."""
+    weight_map, total = {}, 0
+    for number, tensors in enumerate(parts, start=1):
+        name = "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(value.nbytes for value in tensors.values())
+        print(f"{name}: {len(tensors)} tensors", flush=True)
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def copy_settings(source: Path, target: Path) -> None:
+    """All files of a folder but the weights and their index."""
+    for file in source.iterdir():
+        if file.is_file() and file.suffix not in (".bin", ".safetensors") and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, target / file.name)
+
+
+def apply_delta(base: Path, delta: Path, target: Path) -> None:
+    """Write the folder ``target``: ``delta`` with the tensors of ``base`` added, in the delta's dtype.
+
+    The embedding and the head of a delta have rows for tokens that the base does not know: the base is added to the
+    rows in front. What the base does not have at all, the projector, is taken as it is. Raises Error where the two do
+    not belong together, for damaged weights, and where the disk is full; then nothing is left.
+    """
+    check_new(target)
+    known, asked = stored_shapes(base), stored_shapes(delta)
+    alone = [name for name in asked if name not in known and not name.endswith(TAKEN_AS_IS)]
+    unfit = [n for n in asked if n in known and (known[n][1:] != asked[n][1:] or known[n][0] > asked[n][0])]
+    unused = [name for name in known if name not in asked and not name.endswith(TAKEN_AS_IS)]
+    kinds = (("in the delta alone", alone), ("in the base alone", unused), ("of sizes that do not fit", unfit))
+    if problems := [f"{files.some(names)} {kind}" for kind, names in kinds if names]:
+        raise Error(f"{base}: not the base of {delta}: tensors {'; '.join(problems)}; give the LLaMA it was made from")
+    where = {name: file for file in files.weight_files(base) for name in files.shapes(file)}
+    shards = files.weight_files(delta)
+    with files.atomic_folder(target) as new:
+        write_shards((summed(shard, where) for shard in shards), len(shards), new)
+        copy_settings(delta, new)
+
+
+def summed(shard: Path, where: dict[str, Path]) -> dict[str, Tensor]:
+    """The tensors of a delta's file with those of the base, which are in the files ``where``, added."""
+    sums = {name: value.contiguous().clone() for name, value in files.tensors(shard)}
+    for file in {where[name] for name in sums if name in where}:
+        for name, value in files.tensors(file):
+            if name in sums and not name.endswith(TAKEN_AS_IS):
+                sums[name][: len(value)] += value.to(sums[name].dtype)
+    return sums
+
+
+def make_random(like: str, target: Path, tokenizer: Path | None = None) -> None:
+    """Write a LLaVA of an official size in the official layout, bfloat16, its image tower among its tensors, all
+    weights drawn at random. ``tokenizer``: a tokenizer.model for it, without which it cannot converse.
+
+    Raises Error where the disk is full, and for a tokenizer of another size.
+    """
+    check_new(target)
+    with torch.device("meta"):
+        model = Llava(OFFICIAL[like], Tokenizer(tokenizer, legacy=False) if tokenizer else None)
+    if model.tokenizer:
+        check_tokenizer(model.tokenizer, model.config.language.vocab_size)
+    shards, room = [[]], SHARD
+    for name, tensor in model.state_dict().items():
+        if 2 * tensor.numel() > room:
+            shards.append([])
+            room = SHARD
+        room -= 2 * tensor.numel()
+        shards[-1].append((layouts.theirs(name, layouts.LLAVA), tensor.shape))
+    torch.manual_seed(0)
+    with files.atomic_folder(target) as new:
+        write_shards(({name: draw(name, shape) for name, shape in shard} for shard in shards), len(shards), new)
+        write_settings(model, new, torch.bfloat16)
+
+
+def draw(name: str, shape: torch.Size) -> Tensor:
+    """A random matrix, small enough that a network of them gives finite numbers; what scales is one."""
+    if len(shape) == 1:
+        return torch.full(shape, float("norm" in name and name.endswith("weight")), dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
 
 
 def check_new(target: Path) -> None:
@@ -56,21 +151,30 @@ def check_new(target: Path) -> None:
         raise Error(f"{target} exists: choose another folder")
 
 
-def export(source: Path, target: Path, kind: str, dtype: torch.dtype | None = None, vision: Path | None = None) -> None:
+def export(
+    source: Path,
+    target: Path,
+    kind: str,
+    dtype: torch.dtype | None = None,
+    vision: Path | None = None,
+    base: Path | None = None,
+) -> None:
     """Write any LLaVA that ``load`` reads as ``kind``, "llava-hf" or "llava"; dtype None keeps that of its weights.
 
-    Raises Error as ``load`` does, and for a linear projector as llava-hf, which knows only v1.5's.
+    Raises Error as ``load`` does, and where llava-hf, which knows only v1.5, lacks what the model has: a linear
+    projector, tokens around its images.
     """
     check_new(target)
-    stored = next(
-        value.dtype for file in files.weight_files(files.last_good(source)) for _, value in files.tensors(file)
-    )
-    model = load(source, dtype=dtype or stored, vision=vision)
+    weights = files.weight_files(language_folder(files.last_good(source), base))
+    stored = next(value.dtype for file in weights for _, value in files.tensors(file))
+    model = load(source, dtype=dtype or stored, vision=vision, base=base)
     if kind == "llava":
         save(model, target)
         return
     if model.config.projector_type != "mlp2x_gelu":
         raise Error(f"{source}: its projector is {model.config.projector_type}; llava-hf knows only mlp2x_gelu")
+    if model.config.use_im_start_end:
+        raise Error(f"{source}: its images stand between <im_start> and <im_end>, which llava-hf does not know")
     with files.atomic_folder(target) as new:
         write_llava_hf(model, new)
 
@@ -148,24 +252,39 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         usage=__doc__.splitlines()[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, dest="command", metavar="to-safetensors|export")
-    for name in ("to-safetensors", "export"):
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    for name, *folders in (
+        ("to-safetensors", "source", "target"),
+        ("apply-delta", "base", "delta", "target"),
+        ("export", "source", "target"),
+        ("make-random", "target"),
+    ):
         command = commands.add_parser(name)
-        command.add_argument("source", type=Path, help="a checkpoint folder")
-        command.add_argument("target", type=Path, help="a new folder")
+        for folder in folders:
+            command.add_argument(
+                folder, type=Path, help="a new folder" if folder == "target" else "a checkpoint folder"
+            )
         if name == "export":
             command.add_argument("--as", dest="kind", choices=("llava-hf", "llava"), required=True)
             command.add_argument(
-                "--fp16", action="store_true", help="weights in float16, as the hubs usually hold them"
+                "--fp16", dest="dtype", action="store_const", const=torch.float16, help="as the hubs usually hold them"
             )
             command.add_argument("--vision", type=Path, help="the CLIP folder, for weights without an image tower")
-    args = parser.parse_args(argv)
+            command.add_argument(
+                "--base", type=Path, help="the language model that a LoRA or a projector was trained on"
+            )
+        if name == "make-random":
+            command.add_argument("--like", choices=OFFICIAL, required=True)
+            command.add_argument("--tokenizer", type=Path, help="a tokenizer.model for it, to talk to it")
+    args = vars(parser.parse_args(argv))
     forgive_encoding()
     try:
-        if args.command == "to-safetensors":
-            to_safetensors(args.source, args.target)
-        else:
-            export(args.source, args.target, args.kind, torch.float16 if args.fp16 else None, args.vision)
+        COMMANDS[args.pop("command")](**args)
     except Exception as error:
         return say(error)
     return 0
+
+
+COMMANDS = {
+    "to-safetensors": to_safetensors, "apply-delta": apply_delta, "export": export, "make-random": make_random
+}  # fmt: skip

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from nanollava.error import Error, first_line
 
 # what belongs to a checkpoint, so that nothing of it outlives its replacement
 OWN = ("*.safetensors", "*.bin", "*.pt", "*.index.json", "tokenizer*", "added_tokens.json", "special_tokens_map.json")
+AT_ONCE = 2**28  # bytes of a file of weights that are read before it is opened anew
 LFS_POINTER = b"version https://git-lfs"  # how a file begins that git cloned without its contents
 
 
@@ -45,7 +47,10 @@ def read_json(file: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The one file of weights in a folder, or its shards. Raises Error where there are none, or a shard is missing."""
+    """The one file of weights in a folder, or its shards; a file is its own. Raises Error where there are none, or a
+    shard is missing."""
+    if folder.is_file():
+        return [folder]
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
@@ -79,10 +84,19 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and contents of each tensor in a file, one at a time. They live in the file: copy what is to stay."""
-    with _opened(file) as stored:
-        for name in list(stored.keys()):
-            yield name, stored[name] if isinstance(stored, dict) else stored.get_tensor(name)
+    """Name and contents of each tensor in a file, one at a time. They live in the file: copy what is to stay.
+
+    The file is opened anew after every AT_ONCE bytes: until it is closed, what was read of it counts as memory in use.
+    """
+    names = deque(shapes(file))
+    while names:
+        with _opened(file) as stored:
+            read = 0
+            while names and read < AT_ONCE:
+                name = names.popleft()
+                tensor = stored[name] if isinstance(stored, dict) else stored.get_tensor(name)
+                read += tensor.nbytes
+                yield name, tensor
 
 
 @contextmanager

@@ -37,6 +37,7 @@ class LlavaConfig:
     template: str = "vicuna_v1"  # the conversation template that the weights were trained with
     max_length: int = 2048  # positions after splicing; what is longer is cut
     stage: str = ""  # which stage made the weights: "stage1", "stage2", or unknown
+    use_im_start_end: bool = False  # whether an image stands between tokens <im_start> and <im_end> (v0 and v1)
 
 
 class Spliced(NamedTuple):

@@ -40,6 +40,7 @@ class Tokenizer:
         self.eos_id = self._spaced.eos_id()
         self.pad_id = self._spaced.unk_id()  # LLaMA has no padding token: `<unk>`, id 0, takes its place
         self.vocab_size = self._spaced.vocab_size()
+        self.image_ids = [IMAGE_TOKEN_ID]  # what stands for an image; v0 and v1 put one token before, one behind it
         # SentencePiece reports a special token only when no text can produce it, which is what keeps turns unforgeable.
         if self.bos_id < 0 or self.eos_id < 0:
             raise Error(f"{self.file}: no control tokens <s> and </s> in it; give a LLaMA-style tokenizer.model")
@@ -80,6 +81,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not folder.is_dir():
         raise Error(f"{folder}: no such folder; give one that holds a tokenizer.model")
     return Tokenizer(folder / "tokenizer.model", legacy=_legacy_flag(folder / "tokenizer_config.json"))
+
+
+def added_tokens(folder: Path) -> dict[str, int]:
+    """Tokens that a checkpoint's authors added behind the SentencePiece vocabulary, and their ids; mostly none."""
+    file = folder / "added_tokens.json"
+    added = read_json(file) if file.is_file() else {}
+    if not all(type(i) is int and i >= 0 for i in added.values()):
+        raise Error(f"{file}: expected an object of tokens and their ids; download it again")
+    return added
 
 
 def _legacy_flag(file: Path) -> bool:

@@ -156,7 +156,7 @@ def test_weights_that_would_not_fit_are_loaded_at_half_the_size(folder, monkeypa
     for memory, fits in ((4 * numbers, False), (5 * numbers, True)):
         monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
         assert chat.fits(folder) == fits
-    monkeypatch.setattr(chat, "fits", lambda folder: False)
+    monkeypatch.setattr(chat, "fits", lambda *_: False)
     status, output, errors = talk("", folder, "--ask", "What?", "--device", "cpu")
     assert (status, output) == (0, f"{TEXT}\n")
     assert "bfloat16" in errors

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanollava import checkpoint
+from nanollava import checkpoint, weights
 from nanollava.checkpoint import check_tokenizer, load, load_language, load_vision, save, save_language, save_vision
 from nanollava.error import Error
 from nanollava.llama import Llama, LlamaConfig
@@ -315,7 +315,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, tokenizer, monkeypatch, 
     def full(*_, **__):
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(weights, "save_file", full)
     with pytest.raises(Error, match=r"No space left.*intact"):
         save(make(projector_type="mlp2x_gelu"), tmp_path / "run")
     assert_same(load(tmp_path / "run"), model)

@@ -22,6 +22,7 @@ CONFIG = LlavaConfig(
     "llava_v0",
     77,
     "stage2",
+    True,
 )
 
 
@@ -58,7 +59,7 @@ PROBLEMS = [
     ({"mm_vision_select_layer": -9}, "has 5 layers"),
     ({"mm_vision_select_layer": "last"}, "has 5 layers"),
     ({"mm_vision_select_feature": "cls_patch"}, "only 'patch'"),
-    ({"mm_use_im_start_end": True}, "only False"),
+    ({"mm_use_im_start_end": 1}, "true or false"),
     ({"mm_projector_type": "resampler"}, "linear, mlp2x_gelu"),
     ({"mm_hidden_size": 7}, "48 wide"),
     ({"image_aspect_ratio": "anyres"}, "crop, square, pad"),

@@ -134,3 +134,58 @@ def test_a_linear_projector_is_not_llava_hf_s(tmp_path, capsys):
     assert convert.main(["export", "--as", "llava-hf", str(tmp_path / "ours"), str(tmp_path / "out")]) == 2
     assert "knows only mlp2x_gelu" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert convert.main(["export", "--as", "llava", str(tmp_path / "ours"), str(tmp_path / "out")]) == 0
+
+
+# ---------------------------------------------------------------- official sizes
+
+
+def mlp(C: int, D: int) -> int:
+    return C * D + D + D * D + D
+
+
+@pytest.mark.parametrize(
+    ("name", "language", "width"), [("llava-1.5-7b", 6_738_415_616, 4096), ("llava-1.5-13b", 13_015_864_320, 5120)]
+)
+def test_official_sizes_have_the_published_parts(name, language, width):
+    """Counts of Vicuna and of CLIP ViT-L/14 at 336 pixels; a file of the projector alone has 41,959,424 bytes at 7B."""
+    with torch.device("meta"):
+        model = Llava(convert.OFFICIAL[name])
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    assert [count(part) for part in (model.language, model.vision, model.projector)] == [
+        language, 303_507_456, mlp(1024, width)
+    ]  # fmt: skip
+    assert mlp(1024, 4096) * 2 == 41_959_424
+    tensors = 291 if width == 4096 else 363
+    assert (len(model.language.state_dict()), len(model.vision.state_dict())) == (tensors, 391)
+    assert (model.config.vision.num_patches, model.config.image_aspect_ratio) == (576, "pad")
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> None:
+    vision, language = VisionConfig(24, 8, 30, 44, 4, 5), LlamaConfig(400, 48, 56, 3, 6, 2)
+    monkeypatch.setattr(convert, "OFFICIAL", {"tiny": LlavaConfig(vision, language, "mlp2x_gelu")})
+    monkeypatch.setattr(convert, "SHARD", 50_000)
+
+
+def test_random_weights_load_by_themselves_and_converse(tiny, tiny_tokenizer_file, tmp_path):
+    out = tmp_path / "random"
+    words = ["make-random", "--like", "tiny", "--tokenizer", str(tiny_tokenizer_file), str(out)]
+    assert convert.main(words) == 0
+    shards = weight_files(out)
+    assert len(shards) > 3 and all(file.stat().st_size < 60_000 for file in shards)
+    stored = [tensor for file in shards for _, tensor in tensors(file)]
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in stored) and len(index["weight_map"]) == len(stored)
+    model = load(out, dtype=torch.bfloat16)
+    matrices = torch.cat([p.flatten().float() for p in model.language.layers.parameters() if p.ndim == 2])
+    assert abs(matrices.mean()) < 1e-3 and abs(matrices.std() - 0.02) < 1e-3
+    assert (model.language.norm.weight == 1).all()
+    assert isinstance(model.answer(None, "What is this?", max_new_tokens=4), str)
+
+
+def test_random_weights_need_a_tokenizer_that_fits(tiny, tmp_path, train_tokenizer, capsys):
+    train_tokenizer(tmp_path / "tokenizer.model", unk_id=0, bos_id=1, eos_id=2, pad_id=-1, user_defined_symbols="aaa")
+    convert.OFFICIAL["tiny"].language.vocab_size = 399
+    words = ["make-random", "--like", "tiny", "--tokenizer", str(tmp_path / "tokenizer.model"), str(tmp_path / "out")]
+    assert convert.main(words) == 2
+    assert "399 rows" in capsys.readouterr().err and not (tmp_path / "out").exists()

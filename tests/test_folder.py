@@ -199,7 +199,9 @@ def read(folder: Path) -> dict:
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_every_kind_of_file_gives_the_same(tmp_path, ending, sharded):
+@pytest.mark.parametrize("at_once", [1, 2**28])
+def test_every_kind_of_file_gives_the_same(tmp_path, monkeypatch, ending, sharded, at_once):
+    monkeypatch.setattr("nanollava.folder.AT_ONCE", at_once)
     if sharded:
         write_shards(tmp_path, ending)
     elif ending == "bin":

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
-from nanollava import checkpoint
+from nanollava import checkpoint, weights
 from nanollava.checkpoint import load
 from nanollava.conversation import IGNORE, encode, messages_from_record
 from nanollava.images import preprocess
@@ -403,13 +403,13 @@ def full_disk(*_: object, **__: object) -> None:
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_goes_on(
     trainer, talks, aligned, undisturbed, tmp_path, monkeypatch, capsys
 ):
-    out, save_file, saves = tmp_path / "out", checkpoint.save_file, []
+    out, save_file, saves = tmp_path / "out", weights.save_file, []
 
     def fills_up(tensors, file, **rest):
         saves.append(file)
         (full_disk if len(saves) == 2 else save_file)(tensors, file, **rest)
 
-    monkeypatch.setattr(checkpoint, "save_file", fills_up)
+    monkeypatch.setattr(weights, "save_file", fills_up)
     status = trainer.stage(2, talks, out, "--model", aligned, *STAGE_2)
     assert "No space left" in refused(capsys, status, str(out), "intact")
     assert len(metrics(out)) == 3 and os.listdir(tmp_path) == ["out"]

@@ -1,0 +1,65 @@
+"""LoRA runs of the official code: for some matrices W of the language model two small ones, A (r, in) and B (out, r),
+as PEFT stores them. Here they are merged, W + (lora_alpha / r) B A, and no trace of them is left (Hu et al., 2021,
+section 4.1)."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanollava import folder as files
+from nanollava.error import Error
+from nanollava.layouts import LLAMA, ours
+from nanollava.llama import Llama
+
+# what would change the sum, and is not implemented: the values that do not
+PLAIN = {
+    "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
+    "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [],
+}  # fmt: skip
+
+
+@torch.no_grad()
+def merge(language: Llama, folder: Path) -> None:
+    """Add the adapters of a folder to the language model's weights, in place; sums are taken in float32.
+
+    Raises Error for settings that are not supported, and where the adapters do not fit the weights; then nothing is
+    changed.
+    """
+    config = files.read_json(folder / "adapter_config.json")
+    for name, plain in PLAIN.items():
+        if config.get(name) not in (None, plain):
+            raise Error(f'{folder / "adapter_config.json"}: the field "{name}" is {config[name]!r}; not supported')
+    rank, alpha = (config.get(name) for name in ("r", "lora_alpha"))
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+        raise Error(f'{folder / "adapter_config.json"}: the fields "r" and "lora_alpha" must be numbers')
+    weights, halves = dict(language.named_parameters()), read_halves(folder)
+    if unfit := [name for name, pair in halves.items() if not fits(pair, weights.get(name), rank)]:
+        raise Error(f"{folder}: {files.some(unfit)} adapters are not finite, or do not fit the base; is it right?")
+    for name, pair in halves.items():
+        weight = weights[name]
+        update = pair["B"].float() @ pair["A"].float() * (alpha / rank)
+        weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
+
+
+def fits(pair: dict[str, Tensor], weight: Tensor | None, rank: int) -> bool:
+    """Whether A and B are there, finite, and of the shapes that the weight asks for."""
+    if weight is None or weight.ndim != 2 or not all(half.isfinite().all() for half in pair.values()):
+        return False
+    shapes = {half: tuple(tensor.shape) for half, tensor in pair.items()}
+    return shapes == {"A": (rank, weight.shape[1]), "B": (weight.shape[0], rank)}
+
+
+def read_halves(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Our parameter name -> its "A" and "B"."""
+    file = next((f for f in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if f.is_file()), None)
+    if file is None:
+        raise Error(f"{folder}: no adapter_model.safetensors or .bin in it; is the download complete?")
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in files.tensors(file):
+        module, _, half = name.removeprefix("base_model.model.").removesuffix(".weight").partition(".lora_")
+        target = ours(f"{module}.weight", LLAMA)
+        halves.setdefault(str(target), {})[half.removesuffix(".default")] = tensor.clone()
+    if not halves:
+        raise Error(f"{file}: no adapters in it; download it again")
+    return halves

@@ -1,0 +1,114 @@
+"""Tensors of files into modules and back: every one accounted for, each taking its memory once.
+
+What they are called in which kind of folder stands in layouts.py, where the files are in folder.py.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nanollava import folder as files
+from nanollava import layouts
+from nanollava.error import Error, first_line
+from nanollava.layouts import Layout
+from nanollava.llama import Llama
+from nanollava.llava import Llava
+
+Device = str | torch.device
+Dtype = torch.dtype | None
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a folder or a file, as called there."""
+    return {name: shape for file in files.weight_files(folder) for name, shape in files.shapes(file).items()}
+
+
+def check_device(device: Device) -> None:
+    """Raises Error where PyTorch cannot compute there."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise Error(f"device {device}: not to be used here ({first_line(error)}); leave it out or say cpu") from error
+
+
+def fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype: Dtype) -> None:
+    """Give every parameter that is still on the meta device its tensor from the folder, or the one file."""
+    check_device(device)
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    if not isinstance(dtype, torch.dtype):
+        raise Error(f"dtype is {dtype!r}: give one of PyTorch's, such as torch.bfloat16")
+    tensors = _read(folder, _match(module, folder, layout), device, dtype)
+    for head, embedding in _tied(module).items():
+        if not torch.equal(tensors.setdefault(head, tensors[embedding]), tensors[embedding]):
+            raise Error(f"{folder}: lm_head.weight is not the embedding; config.json must not say tie_word_embeddings")
+    module.load_state_dict({**module.state_dict(), **tensors}, assign=True)
+
+
+def _match(module: nn.Module, folder: Path, layout: Layout) -> dict[str, str]:
+    """The files' name -> ours of each tensor that belongs to the module.
+
+    Raises one Error with all that are missing, not expected or of another shape, before any tensor is read.
+    """
+    stored, tied = stored_shapes(folder), _tied(module)
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if tensor.is_meta}
+    names = {theirs: ours for theirs in stored if (ours := layouts.ours(theirs, layout)) is not None}
+    last = {ours: theirs for theirs, ours in names.items()}  # one tensor under two names is one too many
+    missing = [layouts.theirs(name, layout) for name in wanted if name not in last and name not in tied]
+    extra = [theirs for theirs, ours in names.items() if ours not in wanted or last[ours] != theirs]
+    misshapen = [
+        f"{theirs} is {stored[theirs]} for {wanted[ours]}"
+        for theirs, ours in names.items()
+        if ours in wanted and stored[theirs] != wanted[ours]
+    ]
+    kinds = (("missing", missing), ("not expected", extra), ("of another shape", misshapen))
+    if problems := [f"{files.some(tensors)} {kind}" for kind, tensors in kinds if tensors]:
+        raise Error(f"{folder}: the tensors are not those that config.json promises: {'; '.join(problems)}")
+    return names
+
+
+def _read(folder: Path, names: dict[str, str], device: Device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Our name -> tensor, read one after the other. Raises one Error with all that hold something else than numbers."""
+    tensors, bad = {}, []
+    for file in files.weight_files(folder):
+        for theirs, stored in files.tensors(file):
+            if theirs in names:
+                tensors[names[theirs]] = tensor = stored.to(device, dtype, copy=True)
+                if not stored.is_floating_point() or not tensor.isfinite().all():
+                    bad.append(theirs)
+    if bad:
+        raise Error(f"{folder}: {files.some(bad)} tensors hold NaN, infinity or integers as {dtype}; fetch them again")
+    return tensors
+
+
+def cut_vocabulary(language: Llama, rows: int) -> None:
+    """Drop the rows that llava-hf adds behind the tokenizer's pieces: for <image>, which needs none here, and <pad>."""
+    for part in (language.embed_tokens, language.lm_head):
+        part.weight = nn.Parameter(part.weight[:rows].detach().clone())
+    language.embed_tokens.num_embeddings = language.lm_head.out_features = language.config.vocab_size = rows
+
+
+def _tied(module: nn.Module) -> dict[str, str]:
+    """The head's name -> the embedding's, where the config says that they are one matrix."""
+    prefix, language = ("language.", module.language) if isinstance(module, Llava) else ("", module)
+    tied = isinstance(language, Llama) and language.config.tie_word_embeddings
+    return {f"{prefix}lm_head.weight": f"{prefix}embed_tokens.weight"} if tied else {}
+
+
+def tie(language: Llama) -> None:
+    """Make head and embedding one parameter again, after each was assigned."""
+    if language.config.tie_word_embeddings:
+        language.lm_head.weight = language.embed_tokens.weight
+
+
+def write_tensors(module: nn.Module, folder: Path, layout: Layout, dtype: Dtype) -> None:
+    """A module's tensors as the one file of a folder. Raises Error where one is not finite (in that dtype)."""
+    tied, tensors = _tied(module), {}
+    for name, tensor in module.state_dict().items():
+        if name in tied:
+            continue
+        tensors[layouts.theirs(name, layout)] = stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        if not stored.isfinite().all():
+            raise Error(f"{name} holds NaN or infinity as {stored.dtype}; go back to an earlier checkpoint")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
