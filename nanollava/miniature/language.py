@@ -172,7 +172,7 @@ def ask_count(scene: Scene, rng: random.Random) -> Candidates:
 
 
 def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
-    """The answer names what there is. What is absent is often a near miss: a colour and a shape that are
+    """The answer looks for the shape, and compares what it finds with what was asked. What is absent is often a near miss: a colour and a shape that are
     both there, but not together. As many questions of each sort, by colour, size or shape, are answered yes as no."""
     thing = rng.choice(scene.things)
     absent = rng.choice([shape for shape in SHAPES if all(t.shape != shape for t in scene.things)])
@@ -192,12 +192,13 @@ def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
 def existence(scene: Scene, attribute: str, value: str, shape: str) -> Candidates:
     """Is there a shape whose ``attribute`` is ``value``? Sizes are part of the wording ("Is there a large {shape}?"),
     colours are not ("Is there {it}?"): who guesses may answer "large" otherwise than "small"."""
-    alike = (t for t in scene.things if t.shape == shape)
+    alike = [t for t in scene.things if t.shape == shape]
     verdict = "yes" if any(attribute == "shape" or getattr(t, attribute) == value for t in alike) else "no"
     it = article(f"{value} {shape}".lstrip())
     asked, parts = (f"a {value} {{shape}}", {"shape": shape}) if attribute == "size" else ("{it}", {"it": it})
-    told = names(scene, scene.things, "size" if attribute == "size" else "colour")
-    form = f"I see {join([article(name) for name in told])}. {asked}? {verdict}."
+    seen = join([article(n) for n in names(scene, alike, "size" if attribute == "size" else "colour")] or ["none"])
+    found = f", so {verdict}." if attribute == "shape" or not alike else f". {{value}}? {verdict}."
+    form, parts = f"Looking for {{what}}, I see {seen}{found}", parts | {"what": plural(shape), "value": value}
     for opening, end in (("Is there ", "?"), ("Is there ", " in the picture?"), ("Can you see ", "?")):
         yield opening + asked + end, form, parts, f"{attribute} {verdict}"
 

@@ -187,7 +187,7 @@ def make_text(record: dict, tokenizer: Tokenizer, config: LlavaConfig) -> Exampl
 
 def language_config(tokenizer: Tokenizer) -> LlamaConfig:
     return LlamaConfig(
-        tokenizer.vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=2,
+        tokenizer.vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
         rms_norm_eps=1e-5, max_position_embeddings=512,
     )  # fmt: skip
 

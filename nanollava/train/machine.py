@@ -36,16 +36,11 @@ def can_compile(on_cuda: bool) -> bool:
     return found
 
 
-@contextmanager
-def share_cores(count: int) -> Iterator[ThreadPoolExecutor]:
-    """``count`` workers that share the cores: small matrices do not keep several cores busy, small models do."""
-    cores = torch.get_num_threads()
-    torch.set_num_threads(max(1, cores // count))
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(cores)
+def share_cores(count: int) -> ThreadPoolExecutor:
+    """``count`` workers that share the cores: small matrices do not keep several cores busy, small models do. The
+    thread that waits for them, and updates the weights afterwards, keeps all cores."""
+    each = max(1, torch.get_num_threads() // count)
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(each,))
 
 
 @contextmanager

@@ -1,39 +1,123 @@
-"""What transformers saves is read here and gives the same numbers: every layout in which it writes a LLaVA."""
+"""What transformers saves is read here and gives the same numbers: CLIP, LLaMA, and every layout of a LLaVA. Sizes are
+drawn at random with a fixed seed, no two of a model alike, so that none can stand in for another."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanollava.checkpoint import load
+from nanollava.checkpoint import load, load_language, load_vision, save_vision
 from nanollava.error import Error
+from nanollava.generate import Sampling, generate
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
 
 transformers = pytest.importorskip("transformers", reason="the reference implementation: pip install .[oracle]")
 
 TOLERANCE = 2e-5  # relative, float32: roundings of 1e-7 through a few blocks
-# no two sizes alike, so that none can stand in for another; N = 9 patches
-VISION = {"image_size": 24, "patch_size": 8, "hidden_size": 30, "intermediate_size": 44, "num_hidden_layers": 4,
-          "num_attention_heads": 5}  # fmt: skip
-TEXT = {"vocab_size": 70, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 6,
-        "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 99,
-        "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}  # fmt: skip
-THEIR_IMAGE, N = 60, 9
+every_size = pytest.mark.parametrize("seed", range(4))
 
 
-@pytest.fixture(scope="module")
-def theirs():
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**VISION), text_config=transformers.LlamaConfig(**TEXT),
-        image_token_index=THEIR_IMAGE,
-    )  # fmt: skip
+def sizes(seed: int) -> tuple[dict, dict]:
+    """Of a tower and of a decoder. Heads are 6 to 12 wide in the one, 8 to 16 in the other."""
+    rng = random.Random(seed)
+    heads, key_heads = rng.choice(((4, 2), (6, 3), (9, 3), (5, 1), (7, 7)))
+    patch, across = rng.choice(((4, 3), (6, 4), (7, 3), (8, 2)))
+    tower_heads = rng.choice((2, 3, 5))
+    vision = {
+        "image_size": patch * across, "patch_size": patch, "hidden_size": tower_heads * rng.choice((6, 8, 12)),
+        "num_attention_heads": tower_heads, "num_hidden_layers": rng.choice((3, 4)),
+        "intermediate_size": rng.randrange(41, 60),
+    }  # fmt: skip
+    text = {
+        "vocab_size": rng.randrange(70, 100), "hidden_size": heads * rng.choice((8, 10, 16)),
+        "num_attention_heads": heads, "num_key_value_heads": key_heads, "num_hidden_layers": rng.choice((2, 3)),
+        "intermediate_size": rng.randrange(101, 140), "rms_norm_eps": rng.choice((1e-5, 1e-6)),
+        "max_position_embeddings": 99, "tie_word_embeddings": seed % 2 == 1,
+        "rope_parameters": {"rope_theta": rng.choice((500.0, 10_000.0, 500_000.0)), "rope_type": "default"},
+    }  # fmt: skip
+    return vision, text
+
+
+def drawn(model):
+    """Random weights, the norms' too: at 1 they would prove nothing."""
     torch.manual_seed(0)
-    model = transformers.LlavaForConditionalGeneration(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    assert found.shape == expected.shape
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def noise(count: int, size: int) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+# ---------------------------------------------------------------- CLIP and LLaMA
+
+
+@every_size
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "tower"])
+@pytest.mark.parametrize("bin", [True, False], ids=["bin", "safetensors"])
+def test_features_of_a_clip_that_transformers_saved(seed, whole, bin, tmp_path):
+    vision, _ = sizes(seed)
+    if whole:
+        text = {"vocab_size": 31, "hidden_size": 20, "intermediate_size": 22, "num_attention_heads": 2}
+        config = transformers.CLIPConfig(vision_config=vision, text_config=text | {"num_hidden_layers": 1})
+        theirs = drawn(transformers.CLIPModel(config))
+        tower = theirs.vision_model
+    else:
+        theirs = tower = drawn(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vision)))
+    theirs.save_pretrained(tmp_path)
+    if bin:
+        torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    pixels = noise(2, vision["image_size"])
+    with torch.no_grad():
+        states = tower(pixels, output_hidden_states=True).hidden_states
+        ours = load_vision(tmp_path)
+        for layer in (-1, -2, -3):
+            assert error(ours(pixels, layer), states[layer][:, 1:]) < TOLERANCE
+
+
+@every_size
+@pytest.mark.parametrize("old", [True, False], ids=["rope_theta", "rope_parameters"])
+def test_logits_and_words_of_a_llama_that_transformers_saved(seed, old, tmp_path):
+    _, text = sizes(seed)
+    theirs = drawn(transformers.LlamaForCausalLM(transformers.LlamaConfig(**text)))
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB")
+    if old:
+        config = json.loads((tmp_path / "config.json").read_text())
+        config |= {"rope_theta": config.pop("rope_parameters")["rope_theta"], "torch_dtype": config.pop("dtype")}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, ids = load_language(tmp_path), torch.tensor([[1, 5, 44, 7, 33]])
+    with torch.no_grad():
+        assert error(ours(ids), theirs(ids).logits) < TOLERANCE
+        expected = theirs.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+        for _ in range(6):
+            ids = torch.cat([ids, ours(ids)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(ids, expected)
+
+
+# ---------------------------------------------------------------- LLaVA
+
+THEIR_IMAGE = 60
+
+
+@pytest.fixture(scope="module", params=range(4))
+def theirs(request):
+    vision, text = sizes(request.param)
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**text),
+        image_token_index=THEIR_IMAGE, tie_word_embeddings=text["tie_word_embeddings"],
+    )  # fmt: skip
+    return drawn(transformers.LlavaForConditionalGeneration(config))
 
 
 def as_built(theirs, folder: Path) -> None:
@@ -63,27 +147,68 @@ def in_shards(theirs, folder: Path) -> None:
     assert len(list(folder.glob("model-*.safetensors"))) > 1
 
 
-WAYS = (as_built, as_read_again, as_in_memory, with_vision_model, in_shards)
+def as_the_authors(theirs, folder: Path) -> None:
+    """The official layout of v1.5: LLaMA's names and mm_projector, in a .bin, the tower in a folder beside it."""
+    tensors = {}
+    for name, tensor in theirs.state_dict().items():
+        name = name.removeprefix("model.")
+        if name.startswith("language_model."):
+            tensors["model." + name.removeprefix("language_model.")] = tensor
+        elif name.startswith("multi_modal_projector."):
+            linear, part = name.removeprefix("multi_modal_projector.linear_").split(".")
+            tensors[f"model.mm_projector.{2 * int(linear) - 2}.{part}"] = tensor
+        elif name == "lm_head.weight":
+            tensors[name] = tensor
+    theirs.save_pretrained(folder.parent / "whole")
+    save_vision(load(folder.parent / "whole").vision, folder.parent / "clip-vit-tiny")
+    folder.mkdir()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    vision, text = theirs.config.vision_config, theirs.config.text_config.to_dict()
+    config = {
+        **text, "model_type": "llava", "rope_theta": text["rope_parameters"]["rope_theta"], "rope_parameters": None,
+        "mm_vision_tower": "somebody/clip-vit-tiny", "mm_hidden_size": vision.hidden_size,
+        "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False, "image_aspect_ratio": "pad",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+WAYS = (as_built, as_read_again, as_in_memory, with_vision_model, in_shards, as_the_authors)
 
 
 @pytest.mark.parametrize("save", WAYS, ids=lambda way: way.__name__)
-def test_logits_are_theirs_in_every_layout_that_transformers_writes(save, theirs, tmp_path):
+def test_features_logits_and_words_are_theirs_in_every_layout(save, theirs, tmp_path):
     save(theirs, tmp_path / "llava")
     ours = load(tmp_path / "llava")
-    pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    pixels, N = noise(2, ours.config.vision.image_size), ours.config.vision.num_patches
     ids = [1, IMAGE, 5, 6, IMAGE, 7, 8]
-    widened = [t for token in ids for t in ([THEIR_IMAGE] * N if token == IMAGE else [token])]
+    widened = torch.tensor([[t for token in ids for t in ([THEIR_IMAGE] * N if token == IMAGE else [token])]])
     with torch.no_grad():
-        expected = theirs(input_ids=torch.tensor([widened]), pixel_values=pixels).logits
-        found = ours(torch.tensor([ids]), pixels)
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() / expected.abs().max() < TOLERANCE
+        features = torch.stack(list(theirs.get_image_features(pixels).pooler_output))
+        assert error(ours.image_tokens(pixels), features) < TOLERANCE
+        expected = theirs(input_ids=widened, pixel_values=pixels).logits
+        assert error(ours(torch.tensor([ids]), pixels), expected) < TOLERANCE
+        words = theirs.generate(
+            input_ids=widened, pixel_values=pixels, max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0
+        )[0, widened.shape[1] :].tolist()
+    (found,) = generate(ours, [ids], pixels, Sampling(max_new_tokens=6), "vicuna_v1")
+    assert found.ids == [*words, 2][: [*words, 2].index(2)]
 
 
-def test_fields_that_a_config_leaves_out_are_those_of_its_classes(theirs, tmp_path):
+def small(folder: Path):
+    """A LLaVA that transformers saved, to be damaged."""
+    vision, text = sizes(0)
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**text),
+        image_token_index=THEIR_IMAGE,
+    )  # fmt: skip
+    drawn(transformers.LlavaForConditionalGeneration(config)).save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_fields_that_a_config_leaves_out_are_those_of_its_classes(tmp_path):
     """Official configs list what differs from the defaults of LlamaConfig and CLIPVisionConfig."""
-    theirs.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = small(tmp_path)
     for name in ("vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act"):
         config.pop(name, None)
     config["vision_config"].pop("layer_norm_eps")
@@ -104,16 +229,15 @@ def test_fields_that_a_config_leaves_out_are_those_of_its_classes(theirs, tmp_pa
         ({"text_config": {"hidden_size": 30}}, "misshapen|another shape|multiple"),
     ],
 )
-def test_what_would_compute_something_else_is_refused_by_name(changes, words, theirs, tmp_path):
-    theirs.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+def test_what_would_compute_something_else_is_refused_by_name(changes, words, tmp_path):
+    config = small(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(Error, match=words):
         load(tmp_path)
 
 
-def test_a_missing_tensor_is_called_as_the_folder_calls_it(theirs, tmp_path):
-    theirs.save_pretrained(tmp_path)
+def test_a_missing_tensor_is_called_as_the_folder_calls_it(tmp_path):
+    small(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors.pop("language_model.model.norm.weight")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,117 @@
+"""python tests/golden/make.py
+
+Makes the folders beside this file: tiny random networks as transformers and PEFT save them, in the layouts that are
+read here, each with what it computes. So every layout is checked where neither of the two is installed
+(test_golden.py). Needs `pip install .[oracle]`.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+HERE = Path(__file__).parent
+VISION = {
+    "image_size": 12, "patch_size": 4, "hidden_size": 10, "intermediate_size": 14, "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}  # fmt: skip
+TEXT = {
+    "vocab_size": 50, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
+    "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
+}  # fmt: skip
+IMAGE, N = 45, 9
+PIXELS = torch.linspace(-2, 2, 2 * 3 * 12 * 12).sin().view(2, 3, 12, 12)
+IDS = [1, IMAGE, 5, 6, IMAGE, 7, 8]
+
+
+def drawn(model):
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def keep(name: str, **expected: torch.Tensor) -> None:
+    """What the network of a folder computes, beside its files; what is no part of a checkpoint goes."""
+    save_file(expected, HERE / name / "expected.st")
+    (HERE / name / "generation_config.json").unlink(missing_ok=True)
+    (HERE / name / "README.md").unlink(missing_ok=True)
+
+
+def clip() -> None:
+    """A whole CLIP in one .bin, and its tower alone in safetensors."""
+    text = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 9, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(vision_config=VISION, text_config=text | {"num_hidden_layers": 1})
+    config.text_config.max_position_embeddings = 5
+    whole = drawn(transformers.CLIPModel(config))
+    tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION))
+    tower.load_state_dict({k.removeprefix("vision_model."): v for k, v in whole.state_dict().items()
+                           if k.startswith("vision_model.")})  # fmt: skip
+    features = tower(PIXELS, output_hidden_states=True).hidden_states[-2][:, 1:]
+    for name, model in (("clip", whole), ("clip-tower", tower)):
+        model.save_pretrained(HERE / name)
+        keep(name, features=features)
+    torch.save(load_file(HERE / "clip/model.safetensors"), HERE / "clip/pytorch_model.bin")
+    (HERE / "clip/model.safetensors").unlink()
+
+
+def llama() -> None:
+    """A decoder in shards, and a LoRA over it."""
+    model = drawn(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)))
+    model.save_pretrained(HERE / "llama", max_shard_size="20KB")
+    ids = torch.tensor([[1, 5, 44, 7, 33]])
+    keep("llama", logits=model(ids).logits)
+    settings = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings).eval()
+    adapted.save_pretrained(HERE / "lora")
+    keep("lora", logits=adapted(ids).logits)
+
+
+def llava() -> None:
+    """llava-hf's names, those of newer versions, and the authors' own, whose tower is in clip/."""
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION), text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+    )  # fmt: skip
+    model = drawn(transformers.LlavaForConditionalGeneration(config))
+    tower = load_file(HERE / "clip-tower/model.safetensors")
+    model.model.vision_tower.load_state_dict({k.removeprefix("vision_model."): v for k, v in tower.items()})
+    ids = torch.tensor([[t for token in IDS for t in ([IMAGE] * N if token == IMAGE else [token])]])
+    logits = model(input_ids=ids, pixel_values=PIXELS).logits
+    words = model.generate(
+        input_ids=ids, pixel_values=PIXELS, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, ids.shape[1] :]
+    model.save_pretrained(HERE / "llava-new", save_original_format=False)
+    model.save_pretrained(HERE / "llava-hf")
+    tensors = load_file(HERE / "llava-hf/model.safetensors")
+    named = {name.replace("vision_tower.", "vision_tower.vision_model."): t for name, t in tensors.items()}
+    save_file(named, HERE / "llava-hf/model.safetensors", metadata={"format": "pt"})
+    official = {}
+    for name, tensor in tensors.items():
+        for theirs, authors in (("language_model.", ""), ("multi_modal_projector.linear_1", "model.mm_projector.0"),
+                                ("multi_modal_projector.linear_2", "model.mm_projector.2")):  # fmt: skip
+            if name.startswith(theirs):
+                official[authors + name.removeprefix(theirs)] = tensor
+    (HERE / "llava").mkdir()
+    torch.save(official, HERE / "llava/pytorch_model.bin")
+    settings = {k: v for k, v in TEXT.items() if k != "rope_parameters"} | {
+        "model_type": "llava", "rope_theta": 500.0, "mm_vision_tower": "openai/clip", "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2, "mm_hidden_size": 10, "image_aspect_ratio": "pad",
+    }  # fmt: skip
+    (HERE / "llava/config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    for name in ("llava-hf", "llava-new", "llava"):
+        keep(name, logits=logits, words=words)
+
+
+if __name__ == "__main__":
+    for folder in (path for path in HERE.iterdir() if path.is_dir()):
+        shutil.rmtree(folder)
+    with torch.no_grad():
+        clip()
+        llama()
+        llava()
