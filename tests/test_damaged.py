@@ -85,7 +85,7 @@ class Code:
 
 
 def hostile(folder: Path) -> None:
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Code()}))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Code()}, protocol=2))
 
 
 def tower(damage: Callable[[Path], None]) -> Callable[[Path], None]:

@@ -2,7 +2,7 @@
 
 A question and a scene determine the answer word for word: things are named in reading order, and what is asked about
 is named as the question names it. Where several steps lead to an answer, it first gives its evidence and says again
-what was asked ("I see a red star and a blue heart. A blue star? No."): a decoder has only what stands to the left.
+what was asked ("Looking for stars, I see a red star. Blue? No."): a decoder has only what stands to the left.
 """
 
 import random
@@ -172,8 +172,8 @@ def ask_count(scene: Scene, rng: random.Random) -> Candidates:
 
 
 def ask_existence(scene: Scene, rng: random.Random) -> Candidates:
-    """The answer looks for the shape, and compares what it finds with what was asked. What is absent is often a near miss: a colour and a shape that are
-    both there, but not together. As many questions of each sort, by colour, size or shape, are answered yes as no."""
+    """The answer looks for the shape, and compares what it finds. What is absent is often a near miss: colour and shape
+    are there, but not together. As many questions of each sort, by colour, size or shape, are answered yes as no."""
     thing = rng.choice(scene.things)
     absent = rng.choice([shape for shape in SHAPES if all(t.shape != shape for t in scene.things)])
     yield from existence(scene, "shape", "", thing.shape)

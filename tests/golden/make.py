@@ -38,7 +38,7 @@ def drawn(model):
 
 def keep(name: str, **expected: torch.Tensor) -> None:
     """What the network of a folder computes, beside its files; what is no part of a checkpoint goes."""
-    save_file(expected, HERE / name / "expected.st")
+    save_file({what: value.contiguous() for what, value in expected.items()}, HERE / name / "expected.st")
     (HERE / name / "generation_config.json").unlink(missing_ok=True)
     (HERE / name / "README.md").unlink(missing_ok=True)
 
