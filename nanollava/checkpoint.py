@@ -110,17 +110,23 @@ def language_folder(folder: Path, base: str | Path | None = None) -> Path:
             raise Error(f"{folder}: holds a whole model; leave out {base} (base=, --base)")
         return folder
     if adapter.is_file():
-        name = files.read_json(adapter).get("base_model_name_or_path")
+        name = files.read_json(adapter).get("base_model_name_or_path") or "lmsys/vicuna-7b-v1.5"
     else:
-        name = files.read_json(folder / "config.json").get("_name_or_path")
-    beside = folder.resolve().parent / Path(str(name or "base")).name
-    place = files.last_good(base or beside)
+        name = files.read_json(folder / "config.json").get("_name_or_path") or "lmsys/vicuna-7b-v1.5"
+    beside = _beside(folder, name)
+    place = files.last_good(base or beside or folder)
     if not place.is_dir() or place.resolve() == folder.resolve():
+        fetch = f" or fetch it: hf download {name} --local-dir {beside}" if beside else ""
         raise Error(
-            f'{folder}: was trained over a base, "{name}", which is not in {place}; give its folder (base=, --base) or '
-            f"fetch it: hf download {name or 'lmsys/vicuna-7b-v1.5'} --local-dir {beside}"
+            f'{folder}: was trained over a base, "{name}", not in {place}; give its folder (base=, --base){fetch}'
         )
     return place
+
+
+def _beside(folder: Path, name: object) -> Path | None:
+    """The folder next to this one that is called like the last part of a repository's name, wherever that was."""
+    last = Path(name).name if isinstance(name, str) and name.isprintable() else ""
+    return folder.resolve().parent / last if last not in ("", "..") else None
 
 
 def _fill_over_base(model: Llava, folder: Path, base: Path, device: Device, dtype: Dtype) -> None:
@@ -146,7 +152,7 @@ def _name_image_marks(model: Llava, folder: Path, template_known: bool) -> None:
     """Let an image stand between <im_start> and <im_end>, as v0 and v1 were trained. Their configs name no template: v0
     is known by its padding token."""
     added = added_tokens(folder)
-    if missing := [token for token in ("<im_start>", "<im_end>") if token not in added]:
+    if missing := [t for t in ("<im_start>", "<im_end>") if added.get(t, 0) < model.tokenizer.vocab_size]:
         asked = f"{' and '.join(missing)} missing, which config.json asks for (mm_use_im_start_end)"
         raise Error(f"{folder / 'added_tokens.json'}: {asked}; fetch the file again")
     model.tokenizer.image_ids = [added["<im_start>"], IMAGE_TOKEN_ID, added["<im_end>"]]
@@ -156,10 +162,8 @@ def _name_image_marks(model: Llava, folder: Path, template_known: bool) -> None:
 
 def _find_vision(folder: Path, config: dict, vision: str | Path | None) -> Path:
     """The folder of the image tower, where the weights do not hold one; the order is part of `load`'s promise."""
-    tower = str(config.get("mm_vision_tower") or "")
-    places = [folder / "vision_tower"]
-    if Path(tower).name not in ("", ".."):
-        places.append(folder.resolve().parent / Path(tower).name)
+    tower = config.get("mm_vision_tower") or ""
+    places = [folder / "vision_tower", *filter(None, [_beside(folder, tower)])]
     if vision is not None:
         places.append(Path(vision))
     for place in map(files.last_good, places):

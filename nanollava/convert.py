@@ -49,10 +49,10 @@ def to_safetensors(source: Path, target: Path) -> None:
 
     Raises Error where there are no .bin weights, for damaged ones, and where the disk is full; then nothing is left.
     """
+    check_new(target, source)
     shards = files.weight_files(source)
     if shards[0].suffix != ".bin":
         raise Error(f"{source}: its weights are {shards[0].suffix} files already; nothing to convert")
-    check_new(target)
     with files.atomic_folder(target) as new:
         # a matrix that two names share is written twice: safetensors knows no sharing
         parts = ({name: value.contiguous().clone() for name, value in files.tensors(shard)} for shard in shards)
@@ -88,7 +88,7 @@ def apply_delta(base: Path, delta: Path, target: Path) -> None:
     rows in front. What the base does not have at all, the projector, is taken as it is. Raises Error where the two do
     not belong together, for damaged weights, and where the disk is full; then nothing is left.
     """
-    check_new(target)
+    check_new(target, base, delta)
     known, asked = stored_shapes(base), stored_shapes(delta)
     alone = [name for name in asked if name not in known and not name.endswith(TAKEN_AS_IS)]
     unfit = [n for n in asked if n in known and (known[n][1:] != asked[n][1:] or known[n][0] > asked[n][0])]
@@ -144,8 +144,11 @@ def draw(name: str, shape: torch.Size) -> Tensor:
     return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
 
 
-def check_new(target: Path) -> None:
-    """Raises Error where no new folder can be made."""
+def check_new(target: Path, *sources: Path) -> None:
+    """Raises Error where no new folder can be made, or a source is none."""
+    for source in sources:
+        if not files.last_good(source).is_dir():
+            raise Error(f"{source}: no such folder; check the path")
     files.check_writable(target)
     if target.exists():
         raise Error(f"{target} exists: choose another folder")
@@ -164,7 +167,7 @@ def export(
     Raises Error as ``load`` does, and where llava-hf, which knows only v1.5, lacks what the model has: a linear
     projector, tokens around its images.
     """
-    check_new(target)
+    check_new(target, source)
     weights = files.weight_files(language_folder(files.last_good(source), base))
     stored = next(value.dtype for file in weights for _, value in files.tensors(file))
     model = load(source, dtype=dtype or stored, vision=vision, base=base)

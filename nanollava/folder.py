@@ -51,6 +51,8 @@ def weight_files(folder: Path) -> list[Path]:
     shard is missing."""
     if folder.is_file():
         return [folder]
+    if not folder.is_dir():
+        raise Error(f"{folder}: no such folder; check the path")
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]

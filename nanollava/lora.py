@@ -2,6 +2,7 @@
 as PEFT stores them. Here they are merged, W + (lora_alpha / r) B A, and no trace of them is left (Hu et al., 2021,
 section 4.1)."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -23,31 +24,37 @@ PLAIN = {
 def merge(language: Llama, folder: Path) -> None:
     """Add the adapters of a folder to the language model's weights, in place; sums are taken in float32.
 
-    Raises Error for settings that are not supported, and where the adapters do not fit the weights; then nothing is
-    changed.
+    Raises Error for settings that are not supported, and where the adapters do not fit the weights.
     """
     config = files.read_json(folder / "adapter_config.json")
     for name, plain in PLAIN.items():
         if config.get(name) not in (None, plain):
             raise Error(f'{folder / "adapter_config.json"}: the field "{name}" is {config[name]!r}; not supported')
     rank, alpha = (config.get(name) for name in ("r", "lora_alpha"))
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
-        raise Error(f'{folder / "adapter_config.json"}: the fields "r" and "lora_alpha" must be numbers')
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
+        file = folder / "adapter_config.json"
+        raise Error(f'{file}: "r" is {rank!r} and "lora_alpha" {alpha!r}, expected numbers; download it again')
     weights, halves = dict(language.named_parameters()), read_halves(folder)
     if unfit := [name for name, pair in halves.items() if not fits(pair, weights.get(name), rank)]:
         raise Error(f"{folder}: {files.some(unfit)} adapters are not finite, or do not fit the base; is it right?")
     for name, pair in halves.items():
         weight = weights[name]
         update = pair["B"].float() @ pair["A"].float() * (alpha / rank)
+        if not update.isfinite().all():
+            raise Error(f"{folder}: the adapters of {name} are too large for float32; is lora_alpha right?")
         weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
 
 
 def fits(pair: dict[str, Tensor], weight: Tensor | None, rank: int) -> bool:
     """Whether A and B are there, finite, and of the shapes that the weight asks for."""
-    if weight is None or weight.ndim != 2 or not all(half.isfinite().all() for half in pair.values()):
+    if weight is None or weight.ndim != 2 or not all(map(usable, pair.values())):
         return False
     shapes = {half: tuple(tensor.shape) for half, tensor in pair.items()}
     return shapes == {"A": (rank, weight.shape[1]), "B": (weight.shape[0], rank)}
+
+
+def usable(half: Tensor) -> bool:
+    return half.is_floating_point() and bool(half.isfinite().all())
 
 
 def read_halves(folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -74,8 +74,11 @@ def _read(folder: Path, names: dict[str, str], device: Device, dtype: torch.dtyp
     for file in files.weight_files(folder):
         for theirs, stored in files.tensors(file):
             if theirs in names:
+                if not stored.is_floating_point() or stored.is_meta:
+                    bad.append(theirs)
+                    continue
                 tensors[names[theirs]] = tensor = stored.to(device, dtype, copy=True)
-                if not stored.is_floating_point() or not tensor.isfinite().all():
+                if not tensor.isfinite().all():
                     bad.append(theirs)
     if bad:
         raise Error(f"{folder}: {files.some(bad)} tensors hold NaN, infinity or integers as {dtype}; fetch them again")

@@ -67,7 +67,8 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(source, tmp_pat
     (tmp_path / "there").mkdir()
     (tmp_path / "empty").mkdir()
     for src, dst, words in (
-        (tmp_path / "nowhere", "out", "no weights"),
+        (tmp_path / "nowhere", "out", "no such folder"),
+        (source / "config.json", "out", "no such folder"),
         (tmp_path / "empty", "out", "no weights"),
         (tmp_path / "done", "out", "already"),
         (source, "there", "exists"),

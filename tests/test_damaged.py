@@ -126,6 +126,7 @@ HF = {  # everything in model.safetensors, the image tower too
     "a number that is none": (tensors(lambda t: t[NORM].fill_(torch.nan)), f"1 ({NORM}) tensors hold NaN"),
     "infinity": (tensors(lambda t: t[NORM][3:4].fill_(torch.inf)), f"1 ({NORM}) tensors hold NaN"),
     "integers": (tensors(lambda t: t.update({NORM: t[NORM].to(torch.int8)})), "integers"),
+    "complex numbers": (tensors(lambda t: t.update({NORM: t[NORM].to(torch.complex64)})), f"1 ({NORM}) tensors hold"),
     "tokenizer of zero bytes": (write("tokenizer.model", b""), "tokenizer.model: the file is empty"),
     "tokenizer that is a web page": (write("tokenizer.model", "<html>"), "not a SentencePiece model"),
     "tokenizer of another model": (
@@ -141,6 +142,13 @@ OFFICIAL = {  # a .bin, the image tower in the folder beside it
     "bin that would run code": (hostile, "damaged, or no file of weights"),
     "bin of a list": (binary([torch.ones(1)]), "expected a dictionary of tensors"),
     "bin of other things": (binary({"model.norm.weight": 3}), "expected a dictionary of tensors"),
+    "bin of shapes without numbers": (
+        lambda folder: torch.save(
+            {name: tensor.to("meta") for name, tensor in torch.load(folder / "pytorch_model.bin").items()},
+            folder / "pytorch_model.bin",
+        ),
+        "tensors hold NaN, infinity or integers",
+    ),
     "index of absent shards": (index({"weight_map": {"x": "pytorch_model-00001-of-00001.bin"}}), "1 shards missing"),
     "index without a map": (index({"metadata": {}}), "weight_map"),
     "index that is no JSON": (index("{"), INDEX),

@@ -116,6 +116,8 @@ def test_without_the_ids_of_those_tokens_nothing_is_guessed(tiny_tokenizer_file,
     as_published(tmp_path / "llava", Tokenizer(tiny_tokenizer_file), ADDED["v1"])
     (tmp_path / "llava/added_tokens.json").write_text('{"<im_patch>": 400, "<im_start>": 401, "x": 402}')
     refused(tmp_path / "llava", "added_tokens.json", "<im_end> missing", "mm_use_im_start_end")
+    (tmp_path / "llava/added_tokens.json").write_text('{"<im_start>": 5, "<im_end>": 402}')  # 5 is a word's
+    refused(tmp_path / "llava", "added_tokens.json", "<im_start> missing")
     (tmp_path / "llava/added_tokens.json").write_text('{"<im_patch>": "400"}')
     refused(tmp_path / "llava", "added_tokens.json", "ids")
     (tmp_path / "llava/added_tokens.json").write_text(json.dumps(ADDED["v1"]))
@@ -309,9 +311,15 @@ def test_lora_becomes_a_whole_folder(lora_run, tmp_path):
         ({"bias": "all"}, ("bias", "not supported")),
         ({"rank_pattern": {"q_proj": 8}}, ("rank_pattern", "not supported")),
         ({"r": 4}, ("9 (", "do not fit")),
-        ({"r": None}, ('"r"',)),
-        ({"r": 0}, ('"r"',)),
-        ({"lora_alpha": "16"}, ('"lora_alpha"',)),
+        ({"r": None}, ('"r" is None',)),
+        ({"r": 0}, ('"r" is 0',)),
+        ({"r": True}, ('"r" is True',)),
+        ({"lora_alpha": "16"}, ("\"lora_alpha\" '16'",)),
+        ({"lora_alpha": float("nan")}, ('"lora_alpha" nan',)),
+        ({"lora_alpha": 1e308}, ("too large",)),
+        ({"base_model_name_or_path": ".."}, ('a base, ".."', "--base")),
+        ({"base_model_name_or_path": "a/\0"}, ("--base",)),
+        ({"base_model_name_or_path": 7}, ('a base, "7"', "--base")),
         ({"base_model_name_or_path": "lmsys/gone"}, ("lmsys/gone", "--base")),
     ],
 )
@@ -330,6 +338,8 @@ def test_adapters_that_do_not_fit(lora_run):
         save_file(kept, folder / "adapter_model.safetensors")
 
     stored({first: torch.full((RANK, 48), torch.inf)})
+    refused(folder, "1 (layers.0.self_attn.q_proj.weight)", "not finite")
+    stored({first: torch.ones(RANK, 48, dtype=torch.int8)})
     refused(folder, "1 (layers.0.self_attn.q_proj.weight)", "not finite")
     stored({first: torch.ones(RANK, 47)})
     refused(folder, "1 (layers.0.self_attn.q_proj.weight)")
