@@ -12,6 +12,7 @@ from nanollava import folder as files
 from nanollava.error import Error
 from nanollava.layouts import LLAMA, ours
 from nanollava.llama import Llama
+from nanollava.weights import finite
 
 # what would change the sum, and is not implemented: the values that do not
 PLAIN = {
@@ -40,7 +41,7 @@ def merge(language: Llama, folder: Path) -> None:
     for name, pair in halves.items():
         weight = weights[name]
         update = pair["B"].float() @ pair["A"].float() * (alpha / rank)
-        if not update.isfinite().all():
+        if not finite(update):
             raise Error(f"{folder}: the adapters of {name} are too large for float32; is lora_alpha right?")
         weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
 
@@ -54,7 +55,7 @@ def fits(pair: dict[str, Tensor], weight: Tensor | None, rank: int) -> bool:
 
 
 def usable(half: Tensor) -> bool:
-    return half.is_floating_point() and bool(half.isfinite().all())
+    return half.is_floating_point() and finite(half)
 
 
 def read_halves(folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -78,11 +78,17 @@ def _read(folder: Path, names: dict[str, str], device: Device, dtype: torch.dtyp
                     bad.append(theirs)
                     continue
                 tensors[names[theirs]] = tensor = stored.to(device, dtype, copy=True)
-                if not tensor.isfinite().all():
+                if not finite(tensor):
                     bad.append(theirs)
     if bad:
         raise Error(f"{folder}: {files.some(bad)} tensors hold NaN, infinity or integers as {dtype}; fetch them again")
     return tensors
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity in it: both show in the extremes. Tensor.isfinite takes about twenty
+    times as long for bfloat16 on a CPU, and memory."""
+    return tensor.numel() == 0 or bool(torch.stack([tensor.amin(), tensor.amax()]).isfinite().all())
 
 
 def cut_vocabulary(language: Llama, rows: int) -> None:
@@ -112,6 +118,6 @@ def write_tensors(module: nn.Module, folder: Path, layout: Layout, dtype: Dtype)
         if name in tied:
             continue
         tensors[layouts.theirs(name, layout)] = stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        if not stored.isfinite().all():
+        if not finite(stored):
             raise Error(f"{name} holds NaN or infinity as {stored.dtype}; go back to an earlier checkpoint")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
