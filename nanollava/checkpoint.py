@@ -132,18 +132,20 @@ def _beside(folder: Path, name: object) -> Path | None:
 def _fill_over_base(model: Llava, folder: Path, base: Path, device: Device, dtype: Dtype) -> None:
     """The base as language model, the projector that was trained with it, and what LoRA adds to it."""
     adapted, sizes = (folder / "adapter_config.json").is_file(), model.config.language
-    language = load_language(base, device, dtype)
-    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
-        if getattr(language.config, name) != getattr(sizes, name):
-            there, here = getattr(language.config, name), getattr(sizes, name)
-            raise Error(f"{base}: {name} is {there}, but {folder} was trained over one with {here}; give its base")
-    model.language, model.config.language = language, language.config
     projector = folder / ("non_lora_trainables.bin" if adapted else "mm_projector.bin")
     if not projector.is_file():
         raise Error(f"{projector}: no such file; a LoRA run keeps its projector there, is the download complete?")
+    config, file = files.read_json(base / "config.json"), base / "config.json"
+    fields.check_kind(config, file, "llama")
+    known = fields.language_config(config, file)
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):  # said before gigabytes are read
+        if (there := getattr(known, name)) != (here := getattr(sizes, name)):
+            raise Error(f"{base}: {name} is {there}, but {folder} was trained over one with {here}; give its base")
+    model.language = load_language(base, device, dtype)
+    model.config.language = model.language.config
     fill(model.projector, projector, PROJECTOR, device, dtype)
     if adapted:
-        lora.merge(language, folder)
+        lora.merge(model.language, folder)
     else:
         model.config.stage, model.config.template = "stage1", "plain"
 

@@ -192,8 +192,7 @@ def _segment_ids(segment: Segment, tokenizer: Tokenizer, prefix: bool) -> list[i
     """Token ids of one segment."""
     if not segment.special:
         return tokenizer.encode(segment.text, bos=False, prefix=prefix)
-    special = {IMAGE_TOKEN: tokenizer.image_ids, BEGIN.text: [tokenizer.bos_id], END.text: [tokenizer.eos_id]}
-    return special[segment.text]
+    return {BEGIN.text: [tokenizer.bos_id], END.text: [tokenizer.eos_id]}.get(segment.text, tokenizer.image_ids)
 
 
 def _image_first(text: str) -> str:

@@ -253,7 +253,9 @@ def tokenizer_settings(model: Llava, image_token: int) -> dict[str, dict]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        usage=__doc__.splitlines()[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m nanollava.checkpoint",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name, *folders in (
@@ -270,7 +272,11 @@ def main(argv: list[str] | None = None) -> int:
         if name == "export":
             command.add_argument("--as", dest="kind", choices=("llava-hf", "llava"), required=True)
             command.add_argument(
-                "--fp16", dest="dtype", action="store_const", const=torch.float16, help="as the hubs usually hold them"
+                "--fp16",
+                dest="dtype",
+                action="store_const",
+                const=torch.float16,
+                help="weights in float16, as the hubs hold them",
             )
             command.add_argument("--vision", type=Path, help="the CLIP folder, for weights without an image tower")
             command.add_argument(
