@@ -2,7 +2,6 @@
 as PEFT stores them. Here they are merged, W + (lora_alpha / r) B A, and no trace of them is left (Hu et al., 2021,
 section 4.1)."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -32,18 +31,20 @@ def merge(language: Llama, folder: Path) -> None:
         if config.get(name) not in (None, plain):
             raise Error(f'{folder / "adapter_config.json"}: the field "{name}" is {config[name]!r}; not supported')
     rank, alpha = (config.get(name) for name in ("r", "lora_alpha"))
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not abs(alpha) < 1e6:
         file = folder / "adapter_config.json"
-        raise Error(f'{file}: "r" is {rank!r} and "lora_alpha" {alpha!r}, expected numbers; download it again')
+        raise Error(
+            f'{file}: "r" is {rank!r} and "lora_alpha" {alpha!r}, expected numbers below a million; download it again'
+        )
     weights, halves = dict(language.named_parameters()), read_halves(folder)
     if unfit := [name for name, pair in halves.items() if not fits(pair, weights.get(name), rank)]:
         raise Error(f"{folder}: {files.some(unfit)} adapters are not finite, or do not fit the base; is it right?")
     for name, pair in halves.items():
         weight = weights[name]
         update = pair["B"].float() @ pair["A"].float() * (alpha / rank)
-        if not finite(update):
-            raise Error(f"{folder}: the adapters of {name} are too large for float32; is lora_alpha right?")
         weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
+        if not finite(weight):
+            raise Error(f"{folder}: its adapters make {name} too large for {weight.dtype}; try a wider dtype")
 
 
 def fits(pair: dict[str, Tensor], weight: Tensor | None, rank: int) -> bool:
