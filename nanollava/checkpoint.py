@@ -19,7 +19,7 @@ from nanollava.layouts import CLIP, LLAMA, LLAVA, LLAVA_HF, PROJECTOR
 from nanollava.llama import Llama
 from nanollava.llava import Llava
 from nanollava.tokenizer import IMAGE_TOKEN_ID, Tokenizer, added_tokens, load_tokenizer
-from nanollava.vit import VisionTransformer
+from nanollava.vit import VisionConfig, VisionTransformer
 from nanollava.weights import Device, Dtype, cut_vocabulary, fill, stored_shapes, tie, write_tensors
 
 # ---------------------------------------------------------------- loading
@@ -50,12 +50,15 @@ def load(
     if layout is LLAVA_HF:
         config = fields.from_llava_hf(config, file)
     weights, tower = language_folder(folder, base), None
-    if any(str(layouts.ours(name, layout)).startswith("vision.") for name in stored_shapes(weights)):
+    own = any(str(layouts.ours(name, layout)).startswith("vision.") for name in stored_shapes(weights))
+    if own and config.get("vision_config") is not None:
         if vision is not None:
             raise Error(f"{folder}: has an image tower of its own; leave out {vision} (vision=, --vision)")
-        sizes = fields.vision_config(fields.required(config, file, "vision_config"), file)
+        sizes = fields.vision_config(config["vision_config"], file)
+    elif own:  # a fork's: the tensors are here, their sizes in the official tower's folder
+        sizes = _vision_sizes(_find_vision(folder, config, vision, "the config of its image tower"))
     else:
-        tower = load_vision(_find_vision(folder, config, vision), device, dtype)
+        tower = load_vision(_find_vision(folder, config, vision, "its image tower"), device, dtype)
         sizes = tower.config
     settings = fields.llava_config(config, file, sizes)
     with torch.device("meta"):
@@ -65,8 +68,11 @@ def load(
         fill(model, folder, layout, device, dtype)
     else:
         _fill_over_base(model, folder, weights, device, dtype)
-    if model.tokenizer and model.tokenizer.vocab_size == config.get("image_token_index"):
-        cut_vocabulary(model.language, model.tokenizer.vocab_size)
+    rows = config.get("rows_before_image")  # of ours; of others': the tokenizer's, where <image> comes right behind
+    if rows is None and model.tokenizer and model.tokenizer.vocab_size == config.get("image_token_index"):
+        rows = model.tokenizer.vocab_size
+    if rows is not None:
+        cut_vocabulary(model.language, rows)
     if settings.use_im_start_end and model.tokenizer:
         _name_image_marks(model, folder, "template" in config)
     tie(model.language)
@@ -76,13 +82,17 @@ def load(
 def load_vision(folder: str | Path, device: Device = "cpu", dtype: Dtype = None) -> VisionTransformer:
     """CLIP's image tower in eval mode, from a folder of a whole CLIP or of the tower alone; dtype, Error: as `load`."""
     folder = files.last_good(folder)
-    config, file = files.read_json(folder / "config.json"), folder / "config.json"
-    fields.check_kind(config, file, "clip", "clip_vision_model")
-    sizes = config.get("vision_config") or {} if config["model_type"] == "clip" else config
     with torch.device("meta"):
-        tower = VisionTransformer(fields.vision_config(sizes, file))
+        tower = VisionTransformer(_vision_sizes(folder))
     fill(tower, folder, CLIP, device, dtype)
     return tower.eval()
+
+
+def _vision_sizes(folder: Path) -> VisionConfig:
+    """The sizes of the tower in a folder of a whole CLIP or of the tower alone."""
+    config, file = files.read_json(folder / "config.json"), folder / "config.json"
+    fields.check_kind(config, file, "clip", "clip_vision_model")
+    return fields.vision_config(config.get("vision_config") or {} if config["model_type"] == "clip" else config, file)
 
 
 def load_language(folder: str | Path, device: Device = "cpu", dtype: Dtype = None) -> Llama:
@@ -138,12 +148,12 @@ def _fill_over_base(model: Llava, folder: Path, base: Path, device: Device, dtyp
     config, file = files.read_json(base / "config.json"), base / "config.json"
     fields.check_kind(config, file, "llama")
     known = fields.language_config(config, file)
-    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):  # said before gigabytes are read
-        if (there := getattr(known, name)) != (here := getattr(sizes, name)):
+    for name, here in vars(sizes).items():  # said before gigabytes are read
+        if (there := getattr(known, name)) != here and name != "max_position_embeddings":
             raise Error(f"{base}: {name} is {there}, but {folder} was trained over one with {here}; give its base")
+    fill(model.projector, projector, PROJECTOR, device, dtype)
     model.language = load_language(base, device, dtype)
     model.config.language = model.language.config
-    fill(model.projector, projector, PROJECTOR, device, dtype)
     if adapted:
         lora.merge(model.language, folder)
     else:
@@ -162,7 +172,7 @@ def _name_image_marks(model: Llava, folder: Path, template_known: bool) -> None:
         model.config.template = "llava_v0" if "[PAD]" in added else "llava_v1"
 
 
-def _find_vision(folder: Path, config: dict, vision: str | Path | None) -> Path:
+def _find_vision(folder: Path, config: dict, vision: str | Path | None, what: str) -> Path:
     """The folder of the image tower, where the weights do not hold one; the order is part of `load`'s promise."""
     tower = config.get("mm_vision_tower") or ""
     places = [folder / "vision_tower", *filter(None, [_beside(folder, tower)])]
@@ -171,10 +181,11 @@ def _find_vision(folder: Path, config: dict, vision: str | Path | None) -> Path:
     for place in map(files.last_good, places):
         if place.is_dir():
             return place
+    fetch = f"hf download {tower or 'openai/clip-vit-large-patch14-336'} config.json pytorch_model.bin"
     raise Error(
-        f'{folder}: its image tower (mm_vision_tower "{tower}") is neither among its own tensors nor in '
+        f'{folder}: {what} (mm_vision_tower "{tower}") is neither in the folder itself nor in '
         f"{' nor in '.join(map(str, places))}; give its folder (vision=, --vision) or fetch it: "
-        f"hf download {tower or 'openai/clip-vit-large-patch14-336'} --local-dir {places[min(1, len(places) - 1)]}"
+        f"{fetch} --local-dir {places[min(1, len(places) - 1)]}"
     )
 
 
@@ -225,7 +236,7 @@ def save_language(llm: Llama, tokenizer: Tokenizer | None, folder: str | Path, d
     """Write a decoder and its tokenizer as an official Vicuna folder; otherwise like `save`."""
     with files.atomic_folder(folder) as new:
         _write_json(new / "config.json", fields.language_fields(llm.config, dtype or llm.norm.weight.dtype))
-        _write_tokenizer(tokenizer, new, llm.config.max_position_embeddings)
+        _write_tokenizer(tokenizer, new, llm.config.max_position_embeddings, llm.config.vocab_size)
         write_tensors(llm, new, LLAMA, dtype)
 
 
@@ -238,16 +249,17 @@ def write(model: Llava, folder: Path, dtype: Dtype = None) -> None:
 def write_settings(model: Llava, folder: Path, dtype: torch.dtype) -> None:
     """Config and tokenizer beside weights of that dtype."""
     _write_json(folder / "config.json", fields.llava_fields(model.config, dtype))
-    _write_tokenizer(model.tokenizer, folder, model.config.max_length)
+    _write_tokenizer(model.tokenizer, folder, model.config.max_length, model.config.language.vocab_size)
 
 
-def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path, max_length: int) -> None:
+def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path, max_length: int, rows: int) -> None:
     """tokenizer.model, and the settings that decide its spacing."""
     if tokenizer is None:
         return
     shutil.copyfile(tokenizer.file, folder / "tokenizer.model")
-    if (added := tokenizer.file.with_name("added_tokens.json")).is_file():  # rows of the embedding that need a name
-        shutil.copyfile(added, folder / added.name)
+    # rows of the embedding that need a name; those of llava-hf for <image> and <pad> were cut off
+    if added := {token: i for token, i in added_tokens(tokenizer.file.parent).items() if i < rows}:
+        _write_json(folder / "added_tokens.json", added)
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     flags = {"legacy": tokenizer.legacy, "add_bos_token": True, "add_eos_token": False, "model_max_length": max_length}
     _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **special, **flags})

@@ -49,10 +49,13 @@ def from_llava_hf(config: dict, file: Path) -> dict:
     _supported(config, file, multimodal_projector_bias=True)
     layer = config.get("vision_feature_layer")
     ours = {name: config[name] for name in OURS if name in config}
+    rows = _value(config, file, "rows_before_image", int) if "rows_before_image" in config else None
     return {
         **text,
         **ours,
+        "tie_word_embeddings": bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings")),
         "image_token_index": config.get("image_token_index", 32000),
+        "rows_before_image": rows,
         "vision_config": config.get("vision_config") or {},
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": -2 if layer is None else layer,
@@ -74,7 +77,8 @@ def language_config(config: dict, file: Path) -> LlamaConfig:
     if not isinstance(rope, dict):
         raise Error(f"{file}: rope_parameters is {rope!r}, expected an object")
     _supported(rope, file, rope_type="default", type="default")
-    sizes = _sizes(LlamaConfig, {"rope_theta": rope.get("rope_theta"), **config}, file)
+    theta = rope.get("rope_theta") if config.get("rope_theta") is None else config["rope_theta"]
+    sizes = _sizes(LlamaConfig, {**config, "rope_theta": theta}, file)
     if config.get("head_dim") is None:
         _divides(sizes, file, "hidden_size", "num_attention_heads")
     _divides(sizes, file, "num_attention_heads", "num_key_value_heads")
@@ -198,6 +202,7 @@ def llava_hf_fields(config: LlavaConfig, dtype: torch.dtype, image_token: int, v
         "text_config": text,
         "vision_config": vision_fields(config.vision),
         "image_token_index": image_token,
+        "rows_before_image": config.language.vocab_size,
         "pad_token_id": image_token + 1,
         "image_seq_length": config.vision.num_patches,
         "projector_hidden_act": "gelu",

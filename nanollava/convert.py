@@ -26,11 +26,12 @@ from nanollava.checkpoint import check_tokenizer, language_folder, load, save, w
 from nanollava.error import Error, forgive_encoding, say
 from nanollava.llama import LlamaConfig
 from nanollava.llava import Llava, LlavaConfig
-from nanollava.tokenizer import Tokenizer
+from nanollava.tokenizer import Tokenizer, added_tokens
 from nanollava.vit import VisionConfig
-from nanollava.weights import stored_shapes
+from nanollava.weights import finite, stored_shapes
 
 TAKEN_AS_IS = (*layouts.PASSED_OVER, *(f".mm_projector.{part}" for part in ("weight", "bias")))  # of a delta
+WIDENED = ("model.embed_tokens.weight", "lm_head.weight")  # have rows for the tokens that were added
 SHARD = 5 * 10**9  # bytes, as on the hubs
 TOWER = VisionConfig(336, 14, 1024, 4096, 24, 16)
 OFFICIAL = {
@@ -89,9 +90,12 @@ def apply_delta(base: Path, delta: Path, target: Path) -> None:
     not belong together, for damaged weights, and where the disk is full; then nothing is left.
     """
     check_new(target, base, delta)
+    for folder, kinds in ((base, ["llama"]), (delta, ["llava", "llava_llama"])):
+        fields.check_kind(files.read_json(folder / "config.json"), folder / "config.json", *kinds)
     known, asked = stored_shapes(base), stored_shapes(delta)
     alone = [name for name in asked if name not in known and not name.endswith(TAKEN_AS_IS)]
-    unfit = [n for n in asked if n in known and (known[n][1:] != asked[n][1:] or known[n][0] > asked[n][0])]
+    cut = {n: (min(known.get(n, shape)[:1] + shape[:1]), *shape[1:]) for n, shape in asked.items() if n in WIDENED}
+    unfit = [n for n in asked if n in known and known[n] != cut.get(n, asked[n])]
     unused = [name for name in known if name not in asked and not name.endswith(TAKEN_AS_IS)]
     kinds = (("in the delta alone", alone), ("in the base alone", unused), ("of sizes that do not fit", unfit))
     if problems := [f"{files.some(names)} {kind}" for kind, names in kinds if names]:
@@ -108,8 +112,10 @@ def summed(shard: Path, where: dict[str, Path]) -> dict[str, Tensor]:
     sums = {name: value.contiguous().clone() for name, value in files.tensors(shard)}
     for file in {where[name] for name in sums if name in where}:
         for name, value in files.tensors(file):
-            if name in sums and not name.endswith(TAKEN_AS_IS):
+            if name in sums and where[name] == file and not name.endswith(TAKEN_AS_IS):
                 sums[name][: len(value)] += value.to(sums[name].dtype)
+                if not value.is_floating_point() or not finite(sums[name]):
+                    raise Error(f"{file}: with the delta, {name} is NaN, infinite or no floats; fetch both again")
     return sums
 
 
@@ -149,6 +155,7 @@ def check_new(target: Path, *sources: Path) -> None:
     for source in sources:
         if not files.last_good(source).is_dir():
             raise Error(f"{source}: no such folder; check the path")
+    target = target.resolve()  # x/../y is y even where there is no x
     files.check_writable(target)
     if target.exists():
         raise Error(f"{target} exists: choose another folder")
@@ -169,7 +176,9 @@ def export(
     """
     check_new(target, source)
     weights = files.weight_files(language_folder(files.last_good(source), base))
-    stored = next(value.dtype for file in weights for _, value in files.tensors(file))
+    floats = (v.dtype for file in weights for name, v in files.tensors(file)
+              if v.is_floating_point() and not name.endswith(layouts.PASSED_OVER))  # fmt: skip
+    stored = next(floats, None)
     model = load(source, dtype=dtype or stored, vision=vision, base=base)
     if kind == "llava":
         save(model, target)
@@ -232,8 +241,9 @@ def processor(model: Llava) -> dict[str, dict]:
 
 
 def tokenizer_settings(model: Llava, image_token: int) -> dict[str, dict]:
-    """tokenizer_config.json and added_tokens.json, with <image> and <pad>."""
-    added = {"<image>": image_token, "<pad>": image_token + 1}
+    """tokenizer_config.json and added_tokens.json, with <image> and <pad> besides the tokens added before."""
+    known = {token: i for token, i in added_tokens(model.tokenizer.file.parent).items() if i < image_token}
+    added = known | {"<image>": image_token, "<pad>": image_token + 1}
     special = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
     config = {
         "tokenizer_class": "LlamaTokenizer",

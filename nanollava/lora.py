@@ -16,7 +16,8 @@ from nanollava.weights import finite
 # what would change the sum, and is not implemented: the values that do not
 PLAIN = {
     "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
-    "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [],
+    "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "layer_replication": None,
+    "alora_invocation_tokens": None,
 }  # fmt: skip
 
 
@@ -30,6 +31,9 @@ def merge(language: Llama, folder: Path) -> None:
     for name, plain in PLAIN.items():
         if config.get(name) not in (None, plain):
             raise Error(f'{folder / "adapter_config.json"}: the field "{name}" is {config[name]!r}; not supported')
+    start = config.get("init_lora_weights")
+    if start not in (None, True, False, "gaussian"):  # PiSSA and others change the base itself
+        raise Error(f'{folder / "adapter_config.json"}: the field "init_lora_weights" is {start!r}; not supported')
     rank, alpha = (config.get(name) for name in ("r", "lora_alpha"))
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not abs(alpha) < 1e6:
         file = folder / "adapter_config.json"

@@ -198,7 +198,12 @@ def test_where_the_image_tower_is_sought(tmp_path):
     edit_config(run, mm_vision_tower="openai/clip-small", vision_config=None)
     with pytest.raises(Error, match="clip-small") as caught:
         load(run)
-    for place in (run / "vision_tower", tmp_path / "clip-small", "--vision", "hf download openai/clip-small"):
+    for place in (
+        run / "vision_tower",
+        tmp_path / "clip-small",
+        "--vision",
+        "hf download openai/clip-small config.json",
+    ):
         assert str(place) in str(caught.value)
     save_vision(model.vision, tmp_path / "elsewhere")
     assert_same(load(run, vision=tmp_path / "elsewhere"), model)
@@ -214,6 +219,16 @@ def test_where_the_image_tower_is_sought(tmp_path):
         load(run)
 
 
+def test_a_fork_that_holds_its_tower_takes_the_sizes_from_the_tower_s_own_folder(tmp_path):
+    model = make()
+    save(model, tmp_path / "fork")
+    edit_config(tmp_path / "fork", vision_config=None, mm_vision_tower="openai/clip-small")
+    save_vision(VisionTransformer(VISION), tmp_path / "clip-small")
+    assert_same(load(tmp_path / "fork"), model)
+    (tmp_path / "clip-small").rename(tmp_path / "elsewhere")
+    assert_same(load(tmp_path / "fork", vision=tmp_path / "elsewhere"), model)
+
+
 # ---------------------------------------------------------------- bad folders
 
 
@@ -224,7 +239,7 @@ def refused(folder: Path, match: str, read=load) -> None:
 
 
 MISMATCHES = [
-    ({"vision_config": None}, '"vision_config" is missing'),
+    ({"vision_config": None}, "config of its image tower"),
     ({"num_hidden_layers": 3}, r"9 \(model.layers.2.input_layernorm.weight, .*\) missing"),
     ({"num_hidden_layers": 1}, r"9 \(model.layers.1.*\) not expected"),
     ({"intermediate_size": 41}, r"6 \(model.layers.0.mlp.down_proj.weight is \(24, 40\) for \(24, 41\)"),

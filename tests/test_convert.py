@@ -1,6 +1,7 @@
 """Checkpoint folders turned into others: the same tensors under the same names."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -86,9 +87,9 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(source, tmp_pat
 # ---------------------------------------------------------------- a LLaVA in other layouts
 
 
-def small_llava(tokenizer: Tokenizer | None, **settings) -> Llava:
+def small_llava(tokenizer: Tokenizer | None, rows: int = 400, **settings) -> Llava:
     torch.manual_seed(0)
-    vision, language = VisionConfig(24, 8, 30, 44, 4, 5), LlamaConfig(400, 48, 56, 3, 6, 2, rms_norm_eps=1e-5)
+    vision, language = VisionConfig(24, 8, 30, 44, 4, 5), LlamaConfig(rows, 48, 56, 3, 6, 2, rms_norm_eps=1e-5)
     settings = {"projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad", "max_length": 99} | settings
     return Llava(LlavaConfig(vision, language, **settings), tokenizer).eval()
 
@@ -110,6 +111,37 @@ def test_ours_to_theirs_and_back_is_the_same_to_the_bit(kind, dtype, tiny_tokeni
     assert after.tokenizer.encode("A small red star.") == model.tokenizer.encode("A small red star.")
 
 
+@pytest.mark.parametrize(("rows", "added"), [(400, {}), (448, {}), (401, {"[PAD]": 400})])
+def test_what_came_from_llava_hf_is_saved_and_read_again(rows, added, tiny_tokenizer_file, tmp_path):
+    """With the rows that it had: those for <image> and <pad> are gone, and so are their names."""
+    shutil.copy(tiny_tokenizer_file, tmp_path / "tokenizer.model")
+    if added:
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    model = small_llava(Tokenizer(tmp_path / "tokenizer.model"), rows)
+    save(model, tmp_path / "ours")
+    convert.export(tmp_path / "ours", tmp_path / "hf", "llava-hf")
+    convert.export(tmp_path / "hf", tmp_path / "back", "llava")
+    back = load(tmp_path / "back")
+    assert back.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True))
+
+
+def test_the_dtype_kept_is_that_of_the_weights_not_of_tables_beside_them(tiny_tokenizer_file, tmp_path):
+    save(small_llava(Tokenizer(tiny_tokenizer_file)), tmp_path / "ours", torch.float16)
+    stored = read(tmp_path / "ours")
+    (tmp_path / "ours/model.safetensors").unlink()
+    tables = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "x.position_ids": torch.arange(3)}
+    torch.save(tables | stored, tmp_path / "ours/pytorch_model.bin")
+    convert.export(tmp_path / "ours", tmp_path / "out", "llava")
+    assert {value.dtype for value in read(tmp_path / "out").values()} == {torch.float16}
+
+
+def test_no_folder_is_replaced_however_it_is_called(source, tmp_path, capsys):
+    before = read(source)
+    assert convert.main(["to-safetensors", str(source), f"{tmp_path}/nowhere/../source"]) == 2
+    assert "exists" in capsys.readouterr().err and read(source).keys() == before.keys()
+
+
 def test_fp16_is_half_the_size(tiny_tokenizer_file, tmp_path):
     save(small_llava(Tokenizer(tiny_tokenizer_file)), tmp_path / "ours")
     for kind in ("llava-hf", "llava"):
@@ -124,7 +156,7 @@ def test_the_added_rows_are_never_the_likeliest(tmp_path):
     model.language.lm_head.weight.data.copy_(-model.language.embed_tokens.weight.abs())
     save(model, tmp_path / "ours")
     convert.export(tmp_path / "ours", tmp_path / "theirs", "llava-hf")
-    wide = load(tmp_path / "theirs").language.lm_head.weight  # without a tokenizer nothing is cut off again
+    wide = read(tmp_path / "theirs")["language_model.lm_head.weight"]
     assert len(wide) == 448
     hidden = torch.randn(50, 48)
     assert ((hidden @ wide.T).argmax(dim=1) < 400).all()

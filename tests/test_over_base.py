@@ -173,12 +173,22 @@ def test_base_and_delta_make_the_model(delta, tmp_path):
 
 def test_a_delta_of_another_base_is_refused_and_leaves_nothing(delta, tmp_path, capsys):
     _, base, folder = delta
-    for changes in ({"num_hidden_layers": 2}, {"num_hidden_layers": 4}, {"hidden_size": 60}, {"vocab_size": 500}):
+    for changes in (
+        {"num_hidden_layers": 2}, {"num_hidden_layers": 4}, {"hidden_size": 60}, {"vocab_size": 500},
+        {"num_key_value_heads": 1},
+    ):  # fmt: skip
         other = Llama(LlamaConfig(**{"vocab_size": 400, **LANGUAGE, **changes}))
         save_language(other, None, tmp_path / "other")
         assert convert.main(["apply-delta", str(tmp_path / "other"), str(folder), str(tmp_path / "sum")]) == 2
         line = capsys.readouterr().err
         assert "not the base of" in line and len(line.splitlines()) == 1 and not (tmp_path / "sum").exists()
+    assert convert.main(["apply-delta", str(folder), str(base), str(tmp_path / "sum")]) == 2
+    assert "expected llama" in capsys.readouterr().err
+    edit(tmp_path / "base/config.json", vocab_size=400)
+    weights = load_file(base / "model.safetensors")
+    save_file(weights | {"model.norm.weight": torch.full((48,), torch.nan)}, base / "model.safetensors")
+    assert convert.main(["apply-delta", str(base), str(folder), str(tmp_path / "sum")]) == 2
+    assert "model.norm.weight is NaN" in capsys.readouterr().err
     (folder / "pytorch_model-00002-of-00002.bin").write_bytes(b"cut")
     assert convert.main(["apply-delta", str(base), str(folder), str(tmp_path / "sum")]) == 2
     assert "00002-of-00002.bin: damaged" in capsys.readouterr().err
@@ -242,6 +252,8 @@ def test_a_projector_that_does_not_fit(tiny_tokenizer_file, tmp_path):
     torch.save(whole, file)
     save_language(Llama(LlamaConfig(400, **LANGUAGE | {"hidden_size": 60})), None, tmp_path / "wide")
     refused(tmp_path / "run", "hidden_size is 60", "with 48", base=tmp_path / "wide")
+    save_language(Llama(LlamaConfig(400, **LANGUAGE | {"rms_norm_eps": 1e-6})), None, tmp_path / "old")
+    refused(tmp_path / "run", "rms_norm_eps is 1e-06", "with 1e-05", base=tmp_path / "old")
 
 
 RANK, ALPHA = 3, 5
@@ -309,6 +321,7 @@ def test_lora_becomes_a_whole_folder(lora_run, tmp_path):
     [
         ({"use_dora": True}, ("use_dora", "not supported")),
         ({"bias": "all"}, ("bias", "not supported")),
+        ({"init_lora_weights": "pissa"}, ("init_lora_weights", "not supported")),
         ({"rank_pattern": {"q_proj": 8}}, ("rank_pattern", "not supported")),
         ({"r": 4}, ("9 (", "do not fit")),
         ({"r": None}, ('"r" is None',)),
