@@ -54,7 +54,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("folder", nargs="?", type=Path, default=MINIATURE, help="a LLaVA checkpoint; default: the bundled miniature")
     add("--image", metavar="FILE", type=Path, help="what to talk about; the miniature has a sample image")
     add("--ask", metavar="TEXT", help="answer this one question and leave")
-    add("--vision", metavar="FOLDER", type=Path, help="the CLIP folder, for weights that come without an image tower")
+    add(
+        "--vision",
+        metavar="FOLDER",
+        type=Path,
+        help="the CLIP folder, for weights without an image tower in or beside them",
+    )
     add(
         "--base",
         metavar="FOLDER",
@@ -62,7 +67,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="the language model that a LoRA or an mm_projector.bin was trained on",
     )
     add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, otherwise cpu")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, otherwise float32")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: bfloat16 on cuda and where float32 would not fit",
+    )
     add("--temperature", type=float, default=0.0, help="0 (default): the most likely words; 1: as varied as the model")
     add("--top-p", type=float, default=1.0, help="draw among the likeliest words that together have this probability")
     add("--top-k", type=int, default=0, help="draw among this many of the likeliest words")

@@ -18,6 +18,7 @@ from nanollava.vit import VisionConfig
 
 Config = TypeVar("Config", VisionConfig, LlamaConfig)
 LARGEST = 2**24  # no size of any model is larger
+MOST_LAYERS = 1000
 OURS = ("image_aspect_ratio", "tokenizer_model_max_length", "template", "stage")  # what llava-hf has no field for
 
 
@@ -128,8 +129,8 @@ def _value(config: dict, file: Path, name: str, kind: Any) -> Any:
     # 1e300 and not infinity: a longer whole number fits no float
     if kind is not bool and (not isinstance(value, numbers) or isinstance(value, bool) or not 0 < value < 1e300):
         raise Error(f'{file}: the field "{name}" is {value!r}, expected a positive number')
-    if kind not in (bool, float) and value > LARGEST:
-        raise Error(f'{file}: the field "{name}" is {value!r}, more than any model has ({LARGEST:,}); is it damaged?')
+    if kind not in (bool, float) and value > (MOST_LAYERS if name == "num_hidden_layers" else LARGEST):
+        raise Error(f'{file}: the field "{name}" is {value!r}, more than any model has; is it damaged?')
     return value
 
 

@@ -45,7 +45,8 @@ LLAVA_HF: Layout = (*_HF, ("lm_head.", "language.lm_head."), *((f"model.{theirs}
 
 # a projector alone: mm_projector.bin of stage 1, non_lora_trainables.bin of a LoRA run
 PROJECTOR: Layout = tuple((f"{wrapper}mm_projector.", "") for wrapper in (
-    "model.", "base_model.model.model.", "base_model.model.", "module.model.", "",
+    "model.", "base_model.model.model.", "base_model.model.", "module.model.", "module.base_model.model.model.",
+    "model.model.", "_orig_mod.model.", "",
 ))  # fmt: skip
 
 PASSED_OVER = (".rotary_emb.inv_freq", ".position_ids")  # tables that old versions stored and every model computes

@@ -37,7 +37,7 @@ def fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype:
     """Give every parameter that is still on the meta device its tensor from the folder, or the one file."""
     check_device(device)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise Error(f"dtype is {dtype!r}: give one of PyTorch's, such as torch.bfloat16")
     tensors = _read(folder, _match(module, folder, layout), device, dtype)
     for head, embedding in _tied(module).items():
