@@ -70,6 +70,7 @@ def write_shards(parts: Iterable[dict[str, Tensor]], count: int, folder: Path) -
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(value.nbytes for value in tensors.values())
         print(f"{name}: {len(tensors)} tensors", flush=True)
+        tensors.clear()  # or the next part would be made while this one is still held
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -91,10 +91,11 @@ def tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     The file is opened anew after every AT_ONCE bytes: until it is closed, what was read of it counts as memory in use.
     """
     names = deque(shapes(file))
+    mapped = file.suffix != ".bin" or zipfile.is_zipfile(file)  # what is not has to be read whole, once
     while names:
         with _opened(file) as stored:
             read = 0
-            while names and read < AT_ONCE:
+            while names and (read < AT_ONCE or not mapped):
                 name = names.popleft()
                 tensor = stored[name] if isinstance(stored, dict) else stored.get_tensor(name)
                 read += tensor.nbytes

@@ -122,8 +122,10 @@ def test_without_the_ids_of_those_tokens_nothing_is_guessed(tiny_tokenizer_file,
     refused(tmp_path / "llava", "added_tokens.json", "ids")
     (tmp_path / "llava/added_tokens.json").write_text(json.dumps(ADDED["v1"]))
     assert convert.main(["export", "--as", "llava-hf", str(tmp_path / "llava"), str(tmp_path / "out")]) == 2
-    edit(tmp_path / "llava/config.json", mm_projector_type="mlp2x_gelu")
     assert "linear" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    save(make(None, 403, projector_type="mlp2x_gelu", use_im_start_end=True), tmp_path / "mlp")
+    assert convert.main(["export", "--as", "llava-hf", str(tmp_path / "mlp"), str(tmp_path / "out")]) == 2
+    assert "<im_start>" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- deltas
