@@ -58,20 +58,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--vision",
         metavar="FOLDER",
         type=Path,
-        help="the CLIP folder, for weights without an image tower in or beside them",
+        help="the CLIP folder, where no image tower lies in or beside FOLDER",
     )
-    add(
-        "--base",
-        metavar="FOLDER",
-        type=Path,
-        help="the language model that a LoRA or an mm_projector.bin was trained on",
-    )
+    add("--base", metavar="FOLDER", type=Path, help="the language model that a LoRA or a projector was trained on")
     add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, otherwise cpu")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="default: bfloat16 on cuda and where float32 would not fit",
-    )
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, or if memory is short")
     add("--temperature", type=float, default=0.0, help="0 (default): the most likely words; 1: as varied as the model")
     add("--top-p", type=float, default=1.0, help="draw among the likeliest words that together have this probability")
     add("--top-k", type=int, default=0, help="draw among this many of the likeliest words")

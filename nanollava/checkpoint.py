@@ -5,7 +5,6 @@ names. Our own folders are those of LLaVA v1.5, with the image tower's tensors a
 "template", "stage") added.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -68,11 +67,7 @@ def load(
         fill(model, folder, layout, device, dtype)
     else:
         _fill_over_base(model, folder, weights, device, dtype)
-    rows = config.get("rows_before_image")  # of ours; of others': the tokenizer's, where <image> comes right behind
-    if rows is None and model.tokenizer and model.tokenizer.vocab_size == config.get("image_token_index"):
-        rows = model.tokenizer.vocab_size
-    if rows is not None:
-        cut_vocabulary(model.language, rows)
+    _cut_vocabulary(model, config)
     if settings.use_im_start_end and model.tokenizer:
         _name_image_marks(model, folder, "template" in config)
     tie(model.language)
@@ -160,6 +155,16 @@ def _fill_over_base(model: Llava, folder: Path, base: Path, device: Device, dtyp
         model.config.stage, model.config.template = "stage1", "plain"
 
 
+def _cut_vocabulary(model: Llava, config: dict) -> None:
+    """Drop the rows that llava-hf has for <image> and what comes behind: our own export tells how many there were
+    before; in others' folders <image> comes right behind the tokenizer's pieces."""
+    rows = config.get("rows_before_image")
+    if rows is None and model.tokenizer and model.tokenizer.vocab_size == config.get("image_token_index"):
+        rows = model.tokenizer.vocab_size
+    if rows is not None:
+        cut_vocabulary(model.language, rows)
+
+
 def _name_image_marks(model: Llava, folder: Path, template_known: bool) -> None:
     """Let an image stand between <im_start> and <im_end>, as v0 and v1 were trained. Their configs name no template: v0
     is known by its padding token."""
@@ -228,14 +233,14 @@ def save(model: Llava, folder: str | Path, dtype: Dtype = None) -> None:
 def save_vision(tower: VisionTransformer, folder: str | Path, dtype: Dtype = None) -> None:
     """Write an image tower as an official CLIP folder; otherwise like `save`."""
     with files.atomic_folder(folder) as new:
-        _write_json(new / "config.json", fields.vision_fields(tower.config))
+        files.write_json(new / "config.json", fields.vision_fields(tower.config))
         write_tensors(tower, new, CLIP, dtype)
 
 
 def save_language(llm: Llama, tokenizer: Tokenizer | None, folder: str | Path, dtype: Dtype = None) -> None:
     """Write a decoder and its tokenizer as an official Vicuna folder; otherwise like `save`."""
     with files.atomic_folder(folder) as new:
-        _write_json(new / "config.json", fields.language_fields(llm.config, dtype or llm.norm.weight.dtype))
+        files.write_json(new / "config.json", fields.language_fields(llm.config, dtype or llm.norm.weight.dtype))
         _write_tokenizer(tokenizer, new, llm.config.max_position_embeddings, llm.config.vocab_size)
         write_tensors(llm, new, LLAMA, dtype)
 
@@ -248,7 +253,7 @@ def write(model: Llava, folder: Path, dtype: Dtype = None) -> None:
 
 def write_settings(model: Llava, folder: Path, dtype: torch.dtype) -> None:
     """Config and tokenizer beside weights of that dtype."""
-    _write_json(folder / "config.json", fields.llava_fields(model.config, dtype))
+    files.write_json(folder / "config.json", fields.llava_fields(model.config, dtype))
     _write_tokenizer(model.tokenizer, folder, model.config.max_length, model.config.language.vocab_size)
 
 
@@ -259,14 +264,15 @@ def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path, max_length: int,
     shutil.copyfile(tokenizer.file, folder / "tokenizer.model")
     # rows of the embedding that need a name; those of llava-hf for <image> and <pad> were cut off
     if added := {token: i for token, i in added_tokens(tokenizer.file.parent).items() if i < rows}:
-        _write_json(folder / "added_tokens.json", added)
+        files.write_json(folder / "added_tokens.json", added)
+    files.write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, max_length))
+
+
+def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict:
+    """tokenizer_config.json, as LlamaTokenizer writes it."""
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     flags = {"legacy": tokenizer.legacy, "add_bos_token": True, "add_eos_token": False, "model_max_length": max_length}
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **special, **flags})
-
-
-def _write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return {"tokenizer_class": "LlamaTokenizer", **special, **flags}
 
 
 if __name__ == "__main__":

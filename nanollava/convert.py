@@ -10,7 +10,6 @@ What can be done to checkpoint folders:
 """
 
 import argparse
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,12 +20,13 @@ from torch import Tensor
 
 from nanollava import config as fields
 from nanollava import folder as files
-from nanollava import images, layouts
-from nanollava.checkpoint import check_tokenizer, language_folder, load, save, write_settings
+from nanollava import layouts
+from nanollava.checkpoint import check_tokenizer, write_settings
 from nanollava.error import Error, forgive_encoding, say
+from nanollava.export import check_new, export
 from nanollava.llama import LlamaConfig
 from nanollava.llava import Llava, LlavaConfig
-from nanollava.tokenizer import Tokenizer, added_tokens
+from nanollava.tokenizer import Tokenizer
 from nanollava.vit import VisionConfig
 from nanollava.weights import finite, stored_shapes
 
@@ -73,7 +73,7 @@ def write_shards(parts: Iterable[dict[str, Tensor]], count: int, folder: Path) -
         tensors.clear()  # or the next part would be made while this one is still held
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        files.write_json(folder / "model.safetensors.index.json", index)
 
 
 def copy_settings(source: Path, target: Path) -> None:
@@ -95,8 +95,7 @@ def apply_delta(base: Path, delta: Path, target: Path) -> None:
         fields.check_kind(files.read_json(folder / "config.json"), folder / "config.json", *kinds)
     known, asked = stored_shapes(base), stored_shapes(delta)
     alone = [name for name in asked if name not in known and not name.endswith(TAKEN_AS_IS)]
-    cut = {n: (min(known.get(n, shape)[:1] + shape[:1]), *shape[1:]) for n, shape in asked.items() if n in WIDENED}
-    unfit = [n for n in asked if n in known and known[n] != cut.get(n, asked[n])]
+    unfit = [name for name in asked if name in known and not can_add(name, known[name], asked[name])]
     unused = [name for name in known if name not in asked and not name.endswith(TAKEN_AS_IS)]
     kinds = (("in the delta alone", alone), ("in the base alone", unused), ("of sizes that do not fit", unfit))
     if problems := [f"{files.some(names)} {kind}" for kind, names in kinds if names]:
@@ -106,6 +105,12 @@ def apply_delta(base: Path, delta: Path, target: Path) -> None:
     with files.atomic_folder(target) as new:
         write_shards((summed(shard, where) for shard in shards), len(shards), new)
         copy_settings(delta, new)
+
+
+def can_add(name: str, base: tuple[int, ...], delta: tuple[int, ...]) -> bool:
+    """Whether shapes agree, or the delta's has rows for the tokens that were added."""
+    widened = name in WIDENED and len(base) == 2 and base[1:] == delta[1:] and base[0] < delta[0]
+    return base == delta or widened
 
 
 def summed(shard: Path, where: dict[str, Path]) -> dict[str, Tensor]:
@@ -151,158 +156,40 @@ def draw(name: str, shape: torch.Size) -> Tensor:
     return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
 
 
-def check_new(target: Path, *sources: Path) -> None:
-    """Raises Error where no new folder can be made, or a source is none."""
-    for source in sources:
-        if not files.last_good(source).is_dir():
-            raise Error(f"{source}: no such folder; check the path")
-    target = target.resolve()  # x/../y is y even where there is no x
-    files.check_writable(target)
-    if target.exists():
-        raise Error(f"{target} exists: choose another folder")
-
-
-def export(
-    source: Path,
-    target: Path,
-    kind: str,
-    dtype: torch.dtype | None = None,
-    vision: Path | None = None,
-    base: Path | None = None,
-) -> None:
-    """Write any LLaVA that ``load`` reads as ``kind``, "llava-hf" or "llava"; dtype None keeps that of its weights.
-
-    Raises Error as ``load`` does, and where llava-hf, which knows only v1.5, lacks what the model has: a linear
-    projector, tokens around its images.
-    """
-    check_new(target, source)
-    weights = files.weight_files(language_folder(files.last_good(source), base))
-    floats = (v.dtype for file in weights for name, v in files.tensors(file)
-              if v.is_floating_point() and not name.endswith(layouts.PASSED_OVER))  # fmt: skip
-    stored = next(floats, None)
-    model = load(source, dtype=dtype or stored, vision=vision, base=base)
-    if kind == "llava":
-        save(model, target)
-        return
-    if model.config.projector_type != "mlp2x_gelu":
-        raise Error(f"{source}: its projector is {model.config.projector_type}; llava-hf knows only mlp2x_gelu")
-    if model.config.use_im_start_end:
-        raise Error(f"{source}: its images stand between <im_start> and <im_end>, which llava-hf does not know")
-    with files.atomic_folder(target) as new:
-        write_llava_hf(model, new)
-
-
-def write_llava_hf(model: Llava, folder: Path) -> None:
-    """The files of a llava-hf folder: weights, config, and what its processor needs. <image> and <pad> get the two ids
-    behind the vocabulary, which is then filled up to a multiple of 64 with rows that are the mean of all others: so
-    none of them is ever the likeliest token."""
-    V, dtype = model.config.language.vocab_size, model.language.norm.weight.dtype
-    rows = -(-(V + 2) // 64) * 64
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name in ("language.embed_tokens.weight", "language.lm_head.weight"):
-            mean = tensor.float().mean(dim=0).to(tensor.dtype)
-            tensor = torch.cat([tensor, mean.expand(rows - V, -1)])
-        tensors[layouts.theirs(name, layouts.LLAVA_HF)] = tensor.contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = {"config.json": fields.llava_hf_fields(model.config, dtype, V, rows), **processor(model)}
-    if model.tokenizer:
-        shutil.copyfile(model.tokenizer.file, folder / "tokenizer.model")
-        settings |= tokenizer_settings(model, V)
-    for name, content in settings.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def processor(model: Llava) -> dict[str, dict]:
-    """preprocessor_config.json and processor_config.json: how transformers makes pixels, and widens <image>."""
-    S, pad = model.config.vision.image_size, model.config.image_aspect_ratio == "pad"
-    pixels = {
-        "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",
-        **({"do_pad": True} if pad else {}),
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": S},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": S, "width": S},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": images.MEAN,
-        "image_std": images.STD,
-    }
-    words = {
-        "processor_class": "LlavaProcessor",
-        "image_token": "<image>",
-        "patch_size": model.config.vision.patch_size,
-        "num_additional_image_tokens": 1,
-        "vision_feature_select_strategy": "default",
-    }
-    return {"preprocessor_config.json": pixels, "processor_config.json": words}
-
-
-def tokenizer_settings(model: Llava, image_token: int) -> dict[str, dict]:
-    """tokenizer_config.json and added_tokens.json, with <image> and <pad> besides the tokens added before."""
-    known = {token: i for token, i in added_tokens(model.tokenizer.file.parent).items() if i < image_token}
-    added = known | {"<image>": image_token, "<pad>": image_token + 1}
-    special = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
-    config = {
-        "tokenizer_class": "LlamaTokenizer",
-        "legacy": model.tokenizer.legacy,
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "<pad>",
-        "model_max_length": model.config.max_length,
-        "added_tokens_decoder": {str(i): {"content": name, **special} for name, i in added.items()},
-    }
-    return {"tokenizer_config.json": config, "added_tokens.json": added}
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanollava.checkpoint",
-        description=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    for name, *folders in (
-        ("to-safetensors", "source", "target"),
-        ("apply-delta", "base", "delta", "target"),
-        ("export", "source", "target"),
-        ("make-random", "target"),
-    ):
-        command = commands.add_parser(name)
-        for folder in folders:
-            command.add_argument(
-                folder, type=Path, help="a new folder" if folder == "target" else "a checkpoint folder"
-            )
-        if name == "export":
-            command.add_argument("--as", dest="kind", choices=("llava-hf", "llava"), required=True)
-            command.add_argument(
-                "--fp16",
-                dest="dtype",
-                action="store_const",
-                const=torch.float16,
-                help="weights in float16, as the hubs hold them",
-            )
-            command.add_argument("--vision", type=Path, help="the CLIP folder, for weights without an image tower")
-            command.add_argument(
-                "--base", type=Path, help="the language model that a LoRA or a projector was trained on"
-            )
-        if name == "make-random":
-            command.add_argument("--like", choices=OFFICIAL, required=True)
-            command.add_argument("--tokenizer", type=Path, help="a tokenizer.model for it, to talk to it")
-    args = vars(parser.parse_args(argv))
+    args = arguments(argv)
     forgive_encoding()
     try:
         COMMANDS[args.pop("command")](**args)
     except Exception as error:
         return say(error)
     return 0
+
+
+def arguments(argv: list[str] | None) -> dict:
+    """The command, and the arguments of its function by name."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanollava.checkpoint",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    add = {name: commands.add_parser(name).add_argument for name in COMMANDS}
+    sources = (("to-safetensors", "source"), ("apply-delta", "base"), ("apply-delta", "delta"), ("export", "source"))
+    for name, folder in sources:
+        add[name](folder, type=Path, help="a checkpoint folder")
+    for option in add.values():
+        option("target", type=Path, help="a new folder")
+    export_option, random_option = add["export"], add["make-random"]
+    export_option("--as", dest="kind", choices=("llava-hf", "llava"), required=True)
+    half = {"dest": "dtype", "action": "store_const", "const": torch.float16}
+    export_option("--fp16", **half, help="weights in float16, as the hubs hold them")
+    export_option("--vision", type=Path, help="the CLIP folder, for weights without an image tower")
+    export_option("--base", type=Path, help="the language model that a LoRA or a projector was trained on")
+    random_option("--like", choices=OFFICIAL, required=True)
+    random_option("--tokenizer", type=Path, help="a tokenizer.model for it, to talk to it")
+    return vars(parser.parse_args(argv))
 
 
 COMMANDS = {

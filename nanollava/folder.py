@@ -142,6 +142,10 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- writing
 
 
+def write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A new folder to write into; when the block ends well it becomes `path`, in place of the folder there before.

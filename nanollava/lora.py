@@ -41,7 +41,7 @@ def merge(language: Llama, folder: Path) -> None:
             f'{file}: "r" is {rank!r} and "lora_alpha" {alpha!r}, expected numbers below a million; download it again'
         )
     weights, halves = dict(language.named_parameters()), read_halves(folder)
-    if unfit := [name for name, pair in halves.items() if not fits(pair, weights.get(name), rank)]:
+    if unfit := [name for name, pair in halves.items() if not match(pair, weights.get(name), rank)]:
         raise Error(f"{folder}: {files.some(unfit)} adapters are not finite, or do not fit the base; is it right?")
     for name, pair in halves.items():
         weight = weights[name]
@@ -51,7 +51,7 @@ def merge(language: Llama, folder: Path) -> None:
             raise Error(f"{folder}: its adapters make {name} too large for {weight.dtype}; try a wider dtype")
 
 
-def fits(pair: dict[str, Tensor], weight: Tensor | None, rank: int) -> bool:
+def match(pair: dict[str, Tensor], weight: Tensor | None, rank: int) -> bool:
     """Whether A and B are there, finite, and of the shapes that the weight asks for."""
     if weight is None or weight.ndim != 2 or not all(map(usable, pair.values())):
         return False

@@ -176,6 +176,15 @@ def test_old_and_new_forms_of_a_llama_config(tmp_path):
     assert_same(load_language(tmp_path / "llama"), model)
 
 
+def test_a_null_is_an_absent_field(tmp_path):
+    model = make().language
+    save_language(model, None, tmp_path / "llama")
+    edit_config(tmp_path / "llama", rope_parameters={"rope_theta": 5000.0, "rope_type": "default"})
+    config = json.loads((tmp_path / "llama/config.json").read_text()) | {"rope_theta": None}
+    (tmp_path / "llama/config.json").write_text(json.dumps(config))
+    assert load_language(tmp_path / "llama").config.rope_theta == 5000.0
+
+
 def test_absent_fields_have_the_official_defaults(tmp_path):
     torch.manual_seed(0)
     sizes = {name: value for name, value in LANGUAGE.items() if name not in ("num_key_value_heads", "rms_norm_eps")}
@@ -281,6 +290,15 @@ def test_a_tied_head_that_differs(tmp_path):
     load_language(tmp_path / "run")
     edit_tensors(tmp_path / "run", lambda t: t["lm_head.weight"].add_(1))
     refused(tmp_path / "run", "tie_word_embeddings", load_language)
+
+
+def test_layers_by_the_thousand_and_dtypes_that_cannot_compute(tmp_path):
+    save(make(), tmp_path / "run")
+    for dtype in (torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(Error, match="dtype is"):
+            load(tmp_path / "run", dtype=dtype)
+    edit_config(tmp_path / "run", num_hidden_layers=2000)
+    refused(tmp_path / "run", "num_hidden_layers.*more than any model has")
 
 
 def test_missing_and_broken_files(tmp_path):

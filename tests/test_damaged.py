@@ -101,7 +101,7 @@ HF = {  # everything in model.safetensors, the image tower too
     "config of zero bytes": (write("config.json", ""), "cannot be read as JSON"),
     "no model_type": (config(model_type=None), '"model_type" is missing'),
     "another kind of model": (config(model_type="mistral"), 'model_type is "mistral"'),
-    "no vision_config": (config(vision_config=None), "config.json"),
+    "no vision_config": (config(vision_config=None), "are not those that config.json promises"),
     "vision_config of text": (config(vision_config="ViT"), "'ViT'"),
     "heads that do not divide": (text(num_attention_heads=5), "num_attention_heads 5"),
     "size of text": (text(hidden_size="wide"), "hidden_size"),

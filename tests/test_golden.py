@@ -1,4 +1,4 @@
-"""Folders that transformers and PEFT wrote (tests/golden/make.py), read without them: the numbers are theirs."""
+"""Folders made with transformers and PEFT (tests/golden/make.py), read without them: the numbers are theirs."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ WORDS = torch.tensor([[1, 5, 44, 7, 33]])
 
 
 def check(name: str, what: str, found: torch.Tensor) -> None:
-    expected = load_file(GOLDEN / name / "expected.st")[what]
+    expected = load_file(GOLDEN / name / "expected.safetensors")[what]
     assert found.shape == expected.shape
     assert (found - expected).abs().max() / expected.abs().max() < TOLERANCE
 
@@ -43,5 +43,5 @@ def test_logits_and_words_of_a_llava(name):
     with torch.no_grad():
         check(name, "logits", model(torch.tensor([ids]), PIXELS))
     (answer,) = generate(model, [ids], PIXELS, Sampling(max_new_tokens=6), "vicuna_v1")
-    words = [*load_file(GOLDEN / name / "expected.st")["words"].tolist(), 2]
+    words = [*load_file(GOLDEN / name / "expected.safetensors")["words"].tolist(), 2]
     assert answer.ids == words[: words.index(2)]

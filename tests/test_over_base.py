@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nanollava import convert
@@ -14,6 +15,8 @@ from nanollava.checkpoint import load, load_language, save, save_language, save_
 from nanollava.conversation import IGNORE, encode
 from nanollava.error import Error
 from nanollava.folder import tensors, weight_files
+from nanollava.generate import Sampling, generate
+from nanollava.images import preprocess
 from nanollava.llama import Llama, LlamaConfig
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
@@ -107,9 +110,11 @@ def test_an_image_stands_between_its_two_tokens(tiny_tokenizer_file, tmp_path):
 
 def test_answers_of_the_first_releases_end_to_end(tiny_tokenizer_file, tmp_path):
     as_published(tmp_path / "llava", Tokenizer(tiny_tokenizer_file), ADDED["v0"])
-    from PIL import Image
-
-    assert isinstance(load(tmp_path / "llava").answer(Image.new("RGB", (30, 20)), "What?", max_new_tokens=5), str)
+    model, picture = load(tmp_path / "llava"), Image.effect_noise((30, 20), 99).convert("RGB")
+    ids, _ = encode([{"role": "user", "content": "<image>\nWhat?"}], model.tokenizer, "llava_v0")
+    assert ids[ids.index(401) : ids.index(402) + 1] == [401, IMAGE, 402]
+    (expected,) = generate(model, [ids], preprocess(picture, 24, "crop")[None], Sampling(max_new_tokens=5), "llava_v0")
+    assert len(expected.ids) == 5 and model.answer(picture, "What?", max_new_tokens=5) == expected.text
 
 
 def test_without_the_ids_of_those_tokens_nothing_is_guessed(tiny_tokenizer_file, tmp_path, capsys):
@@ -186,7 +191,6 @@ def test_a_delta_of_another_base_is_refused_and_leaves_nothing(delta, tmp_path, 
         assert "not the base of" in line and len(line.splitlines()) == 1 and not (tmp_path / "sum").exists()
     assert convert.main(["apply-delta", str(folder), str(base), str(tmp_path / "sum")]) == 2
     assert "expected llama" in capsys.readouterr().err
-    edit(tmp_path / "base/config.json", vocab_size=400)
     weights = load_file(base / "model.safetensors")
     save_file(weights | {"model.norm.weight": torch.full((48,), torch.nan)}, base / "model.safetensors")
     assert convert.main(["apply-delta", str(base), str(folder), str(tmp_path / "sum")]) == 2

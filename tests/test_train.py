@@ -35,6 +35,7 @@ from nanollava.tokenizer import load_tokenizer
 from nanollava.train import loop
 from nanollava.train.data import Dataset, Example
 from nanollava.train.loop import draw_batches
+from nanollava.train.machine import share_cores
 
 N = 4  # patches of an image
 
@@ -888,3 +889,14 @@ def test_training_on_a_cpu_computes_in_float32(trainer, talks, aligned, tmp_path
     monkeypatch.setattr(Llava, "loss", spy)
     assert trainer.stage(2, talks, tmp_path / "out", "--model", aligned, "--steps", 1) == 0
     assert seen == [torch.float32, False, torch.float32]
+
+
+def test_workers_share_the_cores_and_whoever_waits_for_them_keeps_all():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with share_cores(2) as pool:
+            assert list(pool.map(lambda _: torch.get_num_threads(), range(4))) == [2] * 4
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)

@@ -1,7 +1,7 @@
 """python tests/golden/make.py
 
 Makes the folders beside this file: tiny random networks as transformers and PEFT save them, in the layouts that are
-read here, each with what it computes. So every layout is checked where neither of the two is installed
+read here, each with what it computes. So these layouts are checked where neither of the two is installed
 (test_golden.py). Needs `pip install .[oracle]`.
 """
 
@@ -38,7 +38,7 @@ def drawn(model):
 
 def keep(name: str, **expected: torch.Tensor) -> None:
     """What the network of a folder computes, beside its files; what is no part of a checkpoint goes."""
-    save_file({what: value.contiguous() for what, value in expected.items()}, HERE / name / "expected.st")
+    save_file({what: value.contiguous() for what, value in expected.items()}, HERE / name / "expected.safetensors")
     (HERE / name / "generation_config.json").unlink(missing_ok=True)
     (HERE / name / "README.md").unlink(missing_ok=True)
 

@@ -195,6 +195,20 @@ def test_features_logits_and_words_are_theirs_in_every_layout(save, theirs, tmp_
     assert found.ids == [*words, 2][: [*words, 2].index(2)]
 
 
+@pytest.mark.parametrize(("above", "inside"), [(True, False), (False, True), (True, True)])
+def test_a_head_is_tied_where_either_level_of_the_config_says_so(above, inside, tmp_path):
+    vision, text = sizes(0)
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision), image_token_index=THEIR_IMAGE, tie_word_embeddings=above,
+        text_config=transformers.LlamaConfig(**text | {"tie_word_embeddings": inside}),
+    )  # fmt: skip
+    theirs = drawn(transformers.LlavaForConditionalGeneration(config))
+    theirs.save_pretrained(tmp_path)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    with torch.no_grad():
+        assert error(load(tmp_path)(ids), theirs(input_ids=ids).logits) < TOLERANCE
+
+
 def small(folder: Path):
     """A LLaVA that transformers saved, to be damaged."""
     vision, text = sizes(0)
