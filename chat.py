@@ -58,7 +58,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--vision",
         metavar="FOLDER",
         type=Path,
-        help="the CLIP folder, where no image tower lies in or beside FOLDER",
+        help="the CLIP folder, where FOLDER has no image tower in it; default: the one beside it",
     )
     add("--base", metavar="FOLDER", type=Path, help="the language model that a LoRA or a projector was trained on")
     add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, otherwise cpu")
@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         talk.ask(args.ask)
     else:
         talk.converse()
+    if talk.blind:
+        print("No --image was given: answered from the text alone.", file=sys.stderr)
     return 0
 
 
@@ -99,6 +101,7 @@ class Talk:
         self.chat = Chat(model, **sampling)
         self.chat.reset(self.image)
         self.terminal = args.ask is None and sys.stdin is not None and sys.stdin.isatty()
+        self.blind = False  # whether somebody who sees no prompt got an answer without having shown an image
         size = sum(parameter.numel() for parameter in model.parameters())
         self.title = f"{os.path.relpath(args.folder)}: {size / 1e6:,.1f} million parameters on {model.device}"
         if self.chat.captioner:
@@ -109,6 +112,7 @@ class Talk:
         with closing(self.chat.say(question)) as pieces:
             for piece in chain(pieces, ["\n"]):
                 print(piece, end="", flush=True)
+        self.blind = not self.image and not self.terminal
 
     def converse(self) -> None:
         """Questions and commands, line by line, until /quit, the end of the input, or Ctrl-C at the prompt."""
@@ -191,8 +195,8 @@ def load(args: argparse.Namespace):
 
 def fits(folder: Path, base: Path | None = None) -> bool:
     """Whether the weights of a folder, four bytes a number, leave a tenth of this machine's memory free."""
-    from nanollava.checkpoint import language_folder
     from nanollava.folder import last_good
+    from nanollava.places import language_folder
     from nanollava.weights import stored_shapes
 
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}) or not (folder / "config.json").is_file():

@@ -9,17 +9,19 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nanollava import config as fields
 from nanollava import folder as files
 from nanollava import layouts, lora
 from nanollava.error import Error
-from nanollava.layouts import CLIP, LLAMA, LLAVA, LLAVA_HF, PROJECTOR
+from nanollava.layouts import CLIP, LLAMA, LLAVA, LLAVA_HF, PROJECTOR, PROJECTOR_WITH_MARKS
 from nanollava.llama import Llama
 from nanollava.llava import Llava
-from nanollava.tokenizer import IMAGE_TOKEN_ID, Tokenizer, added_tokens, load_tokenizer
+from nanollava.places import find_vision, language_folder
+from nanollava.tokenizer import Tokenizer, load_tokenizer
 from nanollava.vit import VisionConfig, VisionTransformer
-from nanollava.weights import Device, Dtype, cut_vocabulary, fill, stored_shapes, tie, write_tensors
+from nanollava.weights import Device, Dtype, add_vocabulary, cut_vocabulary, fill, stored_shapes, tie, write_tensors
 
 # ---------------------------------------------------------------- loading
 
@@ -35,43 +37,106 @@ def load(
     what an official run trained over a base: a LoRA, or stage 1's mm_projector.bin.
 
     dtype: of all weights; None is bfloat16 on CUDA and float32 elsewhere.
-    vision: a CLIP folder, for weights without an image tower; others refuse it. It is sought last, after the folder's
-    subfolder vision_tower/ and the folder beside it that is named like the last part of `mm_vision_tower`.
-    base: the folder of the language model that was trained over; None is the one beside the folder that is named like
-    the last part of the base's name. Whole models refuse it.
-    Without tokenizer.model in the folder, `model.tokenizer` is None.
+    vision: a CLIP folder, for weights without an image tower; others refuse it. None: the folder's subfolder
+    vision_tower/, or the folder beside it that is named like the last part of `mm_vision_tower`.
+    base: the folder of the model that was trained over; None is the one beside the folder that is named like the last
+    part of the base's name. Whole models refuse it.
+    Without tokenizer.model in the folder, or in its base, `model.tokenizer` is None.
     Raises Error for whatever is missing, damaged or does not fit together.
     """
     folder = files.last_good(folder)
     config, file = files.read_json(folder / "config.json"), folder / "config.json"
     fields.check_kind(config, file, "llava", "llava_llama")
-    layout = LLAVA_HF if "text_config" in config else LLAVA
-    if layout is LLAVA_HF:
-        config = fields.from_llava_hf(config, file)
-    weights, tower = language_folder(folder, base), None
-    own = any(str(layouts.ours(name, layout)).startswith("vision.") for name in stored_shapes(weights))
+    weights = language_folder(folder, base)
+    if weights == folder:
+        model = _load_whole(folder, config, vision, device, dtype)
+    else:
+        model = _load_over_base(folder, config, weights, vision, device, dtype)
+    tie(model.language)
+    return model.eval()
+
+
+def _load_whole(folder: Path, config: dict, vision: str | Path | None, device: Device, dtype: Dtype) -> Llava:
+    """A folder with all weights in it, but perhaps those of the image tower."""
+    file, layout, tower = folder / "config.json", LLAVA, None
+    if "text_config" in config:
+        config, layout = fields.from_llava_hf(config, file), LLAVA_HF
+    own = any(str(layouts.ours(name, layout)).startswith("vision.") for name in stored_shapes(folder))
     if own and config.get("vision_config") is not None:
         if vision is not None:
             raise Error(f"{folder}: has an image tower of its own; leave out {vision} (vision=, --vision)")
         sizes = fields.vision_config(config["vision_config"], file)
     elif own:  # a fork's: the tensors are here, their sizes in the official tower's folder
-        sizes = _vision_sizes(_find_vision(folder, config, vision, "the config of its image tower"))
+        sizes = _vision_sizes(find_vision(folder, config, vision, "the config of its image tower"))
     else:
-        tower = load_vision(_find_vision(folder, config, vision, "its image tower"), device, dtype)
+        tower = load_vision(find_vision(folder, config, vision, "its image tower"), device, dtype)
         sizes = tower.config
     settings = fields.llava_config(config, file, sizes)
     with torch.device("meta"):
-        model = Llava(settings, _tokenizer(weights, settings.language.vocab_size))
+        model = Llava(settings, _tokenizer(folder, settings.language.vocab_size))
     model.vision = tower or model.vision
-    if weights == folder:
-        fill(model, folder, layout, device, dtype)
-    else:
-        _fill_over_base(model, folder, weights, device, dtype)
+    fill(model, folder, layout, device, dtype)
     _cut_vocabulary(model, config)
-    if settings.use_im_start_end and model.tokenizer:
-        _name_image_marks(model, folder, "template" in config)
-    tie(model.language)
-    return model.eval()
+    if settings.use_im_start_end and model.tokenizer and "template" not in config:  # v0 is known by its padding token
+        settings.template = "llava_v0" if "[PAD]" in model.tokenizer.added else "llava_v1"
+    return model
+
+
+def _load_over_base(
+    folder: Path, config: dict, base: Path, vision: str | Path | None, device: Device, dtype: Dtype
+) -> Llava:
+    """A base, a Vicuna or a LLaVA, with the projector that was trained over it and what LoRA adds to it."""
+    adapted = (folder / "adapter_config.json").is_file()
+    projector = folder / ("non_lora_trainables.bin" if adapted else "mm_projector.bin")
+    if not projector.is_file():
+        raise Error(f"{projector}: no such file; a LoRA run keeps its projector there, is the download complete?")
+    kind = files.read_json(base / "config.json")
+    fields.check_kind(kind, base / "config.json", "llama", "llava", "llava_llama")
+    start = None if kind["model_type"] == "llama" else load(base, device, dtype, vision)
+    known = start.config.language if start else fields.language_config(kind, base / "config.json")
+    marks = _trained_marks(projector) if config.get("mm_use_im_start_end") else None
+    sizes = fields.language_config(config, folder / "config.json")
+    for name, here in vars(sizes).items():  # said before gigabytes are read
+        more = (2, 3) if name == "vocab_size" and marks is not None else (0,)
+        if (there := getattr(known, name)) != here and name != "max_position_embeddings" and here - there not in more:
+            raise Error(f"{base}: {name} is {there}, but {folder} was trained over one with {here}; give its base")
+    tower = start.vision if start else None
+    if tower is None:
+        tower = load_vision(find_vision(folder, config, vision, "its image tower"), device, dtype)
+    with torch.device("meta"):
+        model = Llava(fields.llava_config(config, folder / "config.json", tower.config))
+    fill(model.projector, projector, PROJECTOR if marks is None else PROJECTOR_WITH_MARKS, device, dtype)
+    model.vision, model.language = tower, start.language if start else load_language(base, device, dtype)
+    model.config.language = model.language.config
+    model.tokenizer = _tokenizer(folder, sizes.vocab_size)
+    if model.tokenizer is None:
+        model.tokenizer = start.tokenizer if start else _tokenizer(base, known.vocab_size)
+    _learn_marks(model, marks, sizes.vocab_size)
+    if adapted:
+        lora.merge(model.language, folder)
+    else:
+        model.config.stage, model.config.template = "stage1", "plain"
+    return model
+
+
+def _trained_marks(projector: Path) -> Tensor | None:
+    """(2, D) embedding of <im_start> and <im_end>, which the first releases trained together with the projector and
+    stored beside it, alone or as the end of a whole matrix."""
+    for name, tensor in files.tensors(projector):
+        if name.endswith("embed_tokens.weight"):
+            return tensor[-2:].clone()
+    return None
+
+
+def _learn_marks(model: Llava, marks: Tensor | None, size: int) -> None:
+    """Give <im_start> and <im_end> the last two rows of a vocabulary of that size, where a file has them, and let them
+    stand around images where the config says so."""
+    if marks is not None:
+        add_vocabulary(model.language, marks, size)
+    if model.config.use_im_start_end and model.tokenizer:
+        if marks is not None:
+            model.tokenizer.added |= {"<im_start>": size - 2, "<im_end>": size - 1}
+        model.tokenizer.mark_images()
 
 
 def load_vision(folder: str | Path, device: Device = "cpu", dtype: Dtype = None) -> VisionTransformer:
@@ -105,56 +170,6 @@ def load_language(folder: str | Path, device: Device = "cpu", dtype: Dtype = Non
     return model.eval()
 
 
-def language_folder(folder: Path, base: str | Path | None = None) -> Path:
-    """Where the language model's weights are: in the folder itself, or, where it holds no more than was trained, in its
-    base. Raises Error where that is not found, and for a base that nobody asked for."""
-    adapter = folder / "adapter_config.json"
-    whole = any(folder.glob("pytorch_model*")) or any(folder.glob("model*.safetensors*"))
-    if whole or not (adapter.is_file() or (folder / "mm_projector.bin").is_file()):
-        if base is not None:
-            raise Error(f"{folder}: holds a whole model; leave out {base} (base=, --base)")
-        return folder
-    if adapter.is_file():
-        name = files.read_json(adapter).get("base_model_name_or_path") or "lmsys/vicuna-7b-v1.5"
-    else:
-        name = files.read_json(folder / "config.json").get("_name_or_path") or "lmsys/vicuna-7b-v1.5"
-    beside = _beside(folder, name)
-    place = files.last_good(base or beside or folder)
-    if not place.is_dir() or place.resolve() == folder.resolve():
-        fetch = f" or fetch it: hf download {name} --local-dir {beside}" if beside else ""
-        raise Error(
-            f'{folder}: was trained over a base, "{name}", not in {place}; give its folder (base=, --base){fetch}'
-        )
-    return place
-
-
-def _beside(folder: Path, name: object) -> Path | None:
-    """The folder next to this one that is called like the last part of a repository's name, wherever that was."""
-    last = Path(name).name if isinstance(name, str) and name.isprintable() else ""
-    return folder.resolve().parent / last if last not in ("", "..") else None
-
-
-def _fill_over_base(model: Llava, folder: Path, base: Path, device: Device, dtype: Dtype) -> None:
-    """The base as language model, the projector that was trained with it, and what LoRA adds to it."""
-    adapted, sizes = (folder / "adapter_config.json").is_file(), model.config.language
-    projector = folder / ("non_lora_trainables.bin" if adapted else "mm_projector.bin")
-    if not projector.is_file():
-        raise Error(f"{projector}: no such file; a LoRA run keeps its projector there, is the download complete?")
-    config, file = files.read_json(base / "config.json"), base / "config.json"
-    fields.check_kind(config, file, "llama")
-    known = fields.language_config(config, file)
-    for name, here in vars(sizes).items():  # said before gigabytes are read
-        if (there := getattr(known, name)) != here and name != "max_position_embeddings":
-            raise Error(f"{base}: {name} is {there}, but {folder} was trained over one with {here}; give its base")
-    fill(model.projector, projector, PROJECTOR, device, dtype)
-    model.language = load_language(base, device, dtype)
-    model.config.language = model.language.config
-    if adapted:
-        lora.merge(model.language, folder)
-    else:
-        model.config.stage, model.config.template = "stage1", "plain"
-
-
 def _cut_vocabulary(model: Llava, config: dict) -> None:
     """Drop the rows that llava-hf has for <image> and what comes behind: our own export tells how many there were
     before; in others' folders <image> comes right behind the tokenizer's pieces."""
@@ -163,35 +178,8 @@ def _cut_vocabulary(model: Llava, config: dict) -> None:
         rows = model.tokenizer.vocab_size
     if rows is not None:
         cut_vocabulary(model.language, rows)
-
-
-def _name_image_marks(model: Llava, folder: Path, template_known: bool) -> None:
-    """Let an image stand between <im_start> and <im_end>, as v0 and v1 were trained. Their configs name no template: v0
-    is known by its padding token."""
-    added = added_tokens(folder)
-    if missing := [t for t in ("<im_start>", "<im_end>") if added.get(t, 0) < model.tokenizer.vocab_size]:
-        asked = f"{' and '.join(missing)} missing, which config.json asks for (mm_use_im_start_end)"
-        raise Error(f"{folder / 'added_tokens.json'}: {asked}; fetch the file again")
-    model.tokenizer.image_ids = [added["<im_start>"], IMAGE_TOKEN_ID, added["<im_end>"]]
-    if not template_known:
-        model.config.template = "llava_v0" if "[PAD]" in added else "llava_v1"
-
-
-def _find_vision(folder: Path, config: dict, vision: str | Path | None, what: str) -> Path:
-    """The folder of the image tower, where the weights do not hold one; the order is part of `load`'s promise."""
-    tower = config.get("mm_vision_tower") or ""
-    places = [folder / "vision_tower", *filter(None, [_beside(folder, tower)])]
-    if vision is not None:
-        places.append(Path(vision))
-    for place in map(files.last_good, places):
-        if place.is_dir():
-            return place
-    fetch = f"hf download {tower or 'openai/clip-vit-large-patch14-336'} config.json pytorch_model.bin"
-    raise Error(
-        f'{folder}: {what} (mm_vision_tower "{tower}") is neither in the folder itself nor in '
-        f"{' nor in '.join(map(str, places))}; give its folder (vision=, --vision) or fetch it: "
-        f"{fetch} --local-dir {places[min(1, len(places) - 1)]}"
-    )
+        if model.tokenizer:
+            model.tokenizer.added = {token: i for token, i in model.tokenizer.added.items() if i < rows}
 
 
 def _tokenizer(folder: Path, rows: int) -> Tokenizer | None:
@@ -209,7 +197,7 @@ def check_tokenizer(tokenizer: Tokenizer, rows: int) -> None:
     More rows than pieces are right where added_tokens.json beside the model names them, or where they pad the embedding
     to a multiple of 64.
     """
-    size = max([tokenizer.vocab_size, *(i + 1 for i in added_tokens(tokenizer.file.parent).values())])
+    size = max([tokenizer.vocab_size, *(i + 1 for i in tokenizer.added.values())])
     if size != rows and not (size < rows <= size + 64 and rows % 64 == 0):
         raise Error(
             f"{tokenizer.file}: {size} tokens, but the embedding has {rows} rows (vocab_size); use the tokenizer that "
@@ -241,7 +229,7 @@ def save_language(llm: Llama, tokenizer: Tokenizer | None, folder: str | Path, d
     """Write a decoder and its tokenizer as an official Vicuna folder; otherwise like `save`."""
     with files.atomic_folder(folder) as new:
         files.write_json(new / "config.json", fields.language_fields(llm.config, dtype or llm.norm.weight.dtype))
-        _write_tokenizer(tokenizer, new, llm.config.max_position_embeddings, llm.config.vocab_size)
+        _write_tokenizer(tokenizer, new, llm.config.max_position_embeddings)
         write_tensors(llm, new, LLAMA, dtype)
 
 
@@ -254,17 +242,16 @@ def write(model: Llava, folder: Path, dtype: Dtype = None) -> None:
 def write_settings(model: Llava, folder: Path, dtype: torch.dtype) -> None:
     """Config and tokenizer beside weights of that dtype."""
     files.write_json(folder / "config.json", fields.llava_fields(model.config, dtype))
-    _write_tokenizer(model.tokenizer, folder, model.config.max_length, model.config.language.vocab_size)
+    _write_tokenizer(model.tokenizer, folder, model.config.max_length)
 
 
-def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path, max_length: int, rows: int) -> None:
+def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path, max_length: int) -> None:
     """tokenizer.model, and the settings that decide its spacing."""
     if tokenizer is None:
         return
     shutil.copyfile(tokenizer.file, folder / "tokenizer.model")
-    # rows of the embedding that need a name; those of llava-hf for <image> and <pad> were cut off
-    if added := {token: i for token, i in added_tokens(tokenizer.file.parent).items() if i < rows}:
-        files.write_json(folder / "added_tokens.json", added)
+    if tokenizer.added:
+        files.write_json(folder / "added_tokens.json", tokenizer.added)
     files.write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, max_length))
 
 

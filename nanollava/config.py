@@ -17,8 +17,14 @@ from nanollava.llava import LlavaConfig
 from nanollava.vit import VisionConfig
 
 Config = TypeVar("Config", VisionConfig, LlamaConfig)
-LARGEST = 2**24  # no size of any model is larger
-MOST_LAYERS = 1000
+LARGEST = 2**24  # no number of positions of any model is larger
+LIMITS = {"num_hidden_layers": 1000, "max_position_embeddings": LARGEST, "tokenizer_model_max_length": LARGEST}
+WIDEST = 2**20  # no other size; and no product of three of them, a matrix of bytes, is more than a computer counts
+# what LlavaConfig of transformers takes where a config has no vision_config at all: CLIP ViT-L/14 at 336 pixels
+TOWER = {
+    "image_size": 336, "patch_size": 14, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}  # fmt: skip
 OURS = ("image_aspect_ratio", "tokenizer_model_max_length", "template", "stage")  # what llava-hf has no field for
 
 
@@ -50,14 +56,14 @@ def from_llava_hf(config: dict, file: Path) -> dict:
     _supported(config, file, multimodal_projector_bias=True)
     layer = config.get("vision_feature_layer")
     ours = {name: config[name] for name in OURS if name in config}
-    rows = _value(config, file, "rows_before_image", int) if "rows_before_image" in config else None
+    rows = _value_or(0, config, file, "rows_before_image") or None
     return {
         **text,
         **ours,
         "tie_word_embeddings": bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings")),
         "image_token_index": config.get("image_token_index", 32000),
         "rows_before_image": rows,
-        "vision_config": config.get("vision_config") or {},
+        "vision_config": TOWER if config.get("vision_config") is None else config["vision_config"],
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": -2 if layer is None else layer,
     }
@@ -74,12 +80,7 @@ def vision_config(config: dict, file: Path) -> VisionConfig:
 def language_config(config: dict, file: Path) -> LlamaConfig:
     """The fields of LlamaConfig, with rope_theta in its old place or in the newer rope_parameters."""
     _supported(config, file, hidden_act="silu", attention_bias=False, mlp_bias=False)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise Error(f"{file}: rope_parameters is {rope!r}, expected an object")
-    _supported(rope, file, rope_type="default", type="default")
-    theta = rope.get("rope_theta") if config.get("rope_theta") is None else config["rope_theta"]
-    sizes = _sizes(LlamaConfig, {**config, "rope_theta": theta}, file)
+    sizes = _sizes(LlamaConfig, {**config, "rope_theta": _rope_theta(config, file)}, file)
     if config.get("head_dim") is None:
         _divides(sizes, file, "hidden_size", "num_attention_heads")
     _divides(sizes, file, "num_attention_heads", "num_key_value_heads")
@@ -88,16 +89,30 @@ def language_config(config: dict, file: Path) -> LlamaConfig:
     return sizes
 
 
+def _rope_theta(config: dict, file: Path) -> Any:
+    """rope_theta, which may stand in three places; None where it stands in none."""
+    values = [config.get("rope_theta")]
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name) or {}
+        if not isinstance(rope, dict):
+            raise Error(f"{file}: {name} is {rope!r}, expected an object")
+        _supported(rope, file, rope_type="default", type="default")
+        values.append(rope.get("rope_theta"))
+    values = [value for value in values if value is not None]
+    if any(value != values[0] for value in values):
+        raise Error(f"{file}: rope_theta is {' and '.join(map(repr, values))}; leave only the right one in it")
+    return values[0] if values else None
+
+
 def llava_config(config: dict, file: Path, vision: VisionConfig) -> LlavaConfig:
     """LLaVA's own fields around those of its two parts; `vision` is the tower's, wherever that comes from."""
     _supported(config, file, mm_vision_select_feature="patch")
     if config.get("mm_hidden_size") not in (None, vision.hidden_size):
-        raise Error(
-            f"{file}: mm_hidden_size is {config['mm_hidden_size']}, but the image tower is {vision.hidden_size} wide; "
-            "give the tower that mm_vision_tower names"
-        )
+        stated, wide = config["mm_hidden_size"], vision.hidden_size
+        problem = f"mm_hidden_size is {stated!r}, but the image tower is {wide} wide"
+        raise Error(f"{file}: {problem}; give the tower that mm_vision_tower names")
     layer, layers = required(config, file, "mm_vision_select_layer"), vision.num_hidden_layers
-    if not isinstance(layer, int) or layer not in range(-layers - 1, layers + 1):
+    if type(layer) is not int or layer not in range(-layers - 1, layers + 1):
         raise Error(f'{file}: the field "mm_vision_select_layer" is {layer!r}, but the tower has {layers} layers')
     aspect = _choice(config, file, "image_aspect_ratio", "crop", "square", "pad")  # square: an official word for crop
     return LlavaConfig(
@@ -106,9 +121,9 @@ def llava_config(config: dict, file: Path, vision: VisionConfig) -> LlavaConfig:
         projector_type=_choice(config, file, "mm_projector_type", "linear", "mlp2x_gelu"),
         select_layer=layer,
         image_aspect_ratio="pad" if aspect == "pad" else "crop",
-        use_im_start_end=_value({"mm_use_im_start_end": False, **config}, file, "mm_use_im_start_end", bool),
+        use_im_start_end=_value_or(False, config, file, "mm_use_im_start_end"),
         template=_choice(config, file, "template", "vicuna_v1", *TEMPLATES),
-        max_length=_value({"tokenizer_model_max_length": 2048, **config}, file, "tokenizer_model_max_length", int),
+        max_length=_value_or(2048, config, file, "tokenizer_model_max_length"),
         stage=_choice(config, file, "stage", "", "stage1", "stage2"),
     )
 
@@ -121,6 +136,11 @@ def _sizes(kind: type[Config], config: Any, file: Path) -> Config:
     return kind(**{name: _value(config, file, name, type_) for name, type_ in types.items()})
 
 
+def _value_or(default: Any, config: dict, file: Path, name: str) -> Any:
+    """A field of the default's kind; the default where it is absent or null."""
+    return default if config.get(name) is None else _value(config, file, name, type(default))
+
+
 def _value(config: dict, file: Path, name: str, kind: Any) -> Any:
     """A field that is there, found to be a positive number, or true or false where `kind` is bool."""
     value, numbers = config[name], (int, float) if kind is float else (int,)
@@ -129,7 +149,7 @@ def _value(config: dict, file: Path, name: str, kind: Any) -> Any:
     # 1e300 and not infinity: a longer whole number fits no float
     if kind is not bool and (not isinstance(value, numbers) or isinstance(value, bool) or not 0 < value < 1e300):
         raise Error(f'{file}: the field "{name}" is {value!r}, expected a positive number')
-    if kind not in (bool, float) and value > (MOST_LAYERS if name == "num_hidden_layers" else LARGEST):
+    if kind not in (bool, float) and value > LIMITS.get(name, WIDEST):
         raise Error(f'{file}: the field "{name}" is {value!r}, more than any model has; is it damaged?')
     return value
 

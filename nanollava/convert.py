@@ -11,6 +11,7 @@ What can be done to checkpoint folders:
 
 import argparse
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from nanollava import config as fields
 from nanollava import folder as files
 from nanollava import layouts
 from nanollava.checkpoint import check_tokenizer, write_settings
-from nanollava.error import Error, forgive_encoding, say
+from nanollava.error import Error, forgive_encoding, say, some
 from nanollava.export import check_new, export
 from nanollava.llama import LlamaConfig
 from nanollava.llava import Llava, LlavaConfig
@@ -77,7 +78,9 @@ def write_shards(parts: Iterable[dict[str, Tensor]], count: int, folder: Path) -
 
 
 def copy_settings(source: Path, target: Path) -> None:
-    """All files of a folder but the weights and their index."""
+    """All files of a folder but the weights and their index; an image tower in it as it is."""
+    if (source / "vision_tower").is_dir():
+        shutil.copytree(source / "vision_tower", target / "vision_tower")
     for file in source.iterdir():
         if file.is_file() and file.suffix not in (".bin", ".safetensors") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, target / file.name)
@@ -91,6 +94,8 @@ def apply_delta(base: Path, delta: Path, target: Path) -> None:
     not belong together, for damaged weights, and where the disk is full; then nothing is left.
     """
     check_new(target, base, delta)
+    if base.resolve() == delta.resolve():
+        raise Error(f"{base}: given as base and as delta; give the LLaMA that the delta was made from, and the delta")
     for folder, kinds in ((base, ["llama"]), (delta, ["llava", "llava_llama"])):
         fields.check_kind(files.read_json(folder / "config.json"), folder / "config.json", *kinds)
     known, asked = stored_shapes(base), stored_shapes(delta)
@@ -98,7 +103,7 @@ def apply_delta(base: Path, delta: Path, target: Path) -> None:
     unfit = [name for name in asked if name in known and not can_add(name, known[name], asked[name])]
     unused = [name for name in known if name not in asked and not name.endswith(TAKEN_AS_IS)]
     kinds = (("in the delta alone", alone), ("in the base alone", unused), ("of sizes that do not fit", unfit))
-    if problems := [f"{files.some(names)} {kind}" for kind, names in kinds if names]:
+    if problems := [f"{some(names)} {kind}" for kind, names in kinds if names]:
         raise Error(f"{base}: not the base of {delta}: tensors {'; '.join(problems)}; give the LLaMA it was made from")
     where = {name: file for file in files.weight_files(base) for name in files.shapes(file)}
     shards = files.weight_files(delta)
@@ -119,8 +124,10 @@ def summed(shard: Path, where: dict[str, Path]) -> dict[str, Tensor]:
     for file in {where[name] for name in sums if name in where}:
         for name, value in files.tensors(file):
             if name in sums and where[name] == file and not name.endswith(TAKEN_AS_IS):
-                sums[name][: len(value)] += value.to(sums[name].dtype)
-                if not value.is_floating_point() or not finite(sums[name]):
+                halves = value.is_floating_point() and sums[name].is_floating_point() and sums[name].itemsize > 1
+                if halves:
+                    sums[name][: len(value)] += value.to(sums[name].dtype)
+                if not halves or not finite(sums[name]):
                     raise Error(f"{file}: with the delta, {name} is NaN, infinite or no floats; fetch both again")
     return sums
 
@@ -162,6 +169,9 @@ def main(argv: list[str] | None = None) -> int:
     forgive_encoding()
     try:
         COMMANDS[args.pop("command")](**args)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
     except Exception as error:
         return say(error)
     return 0

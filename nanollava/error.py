@@ -40,6 +40,11 @@ def printable(text: str, longest: int = 2000) -> str:
     return shown if len(shown) <= longest else shown[:longest] + " ..."
 
 
+def some(names: list[str], shown: int = 10) -> str:
+    """How many there are, and the first few: "12 (a, b, c, ...)"."""
+    return f"{len(names)} ({', '.join(names[:shown])}{', ...' if len(names) > shown else ''})"
+
+
 def forgive_encoding() -> None:
     """Odd bytes in a pipe, or a terminal without Unicode, are no reason to stop."""
     for file in (sys.stdin, sys.stdout, sys.stderr):

@@ -1,6 +1,7 @@
 """A LLaVA for others to read: in the official layout, or as transformers' LlavaForConditionalGeneration (llava-hf) with
 what its processor needs."""
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -10,10 +11,10 @@ from safetensors.torch import save_file
 from nanollava import config as fields
 from nanollava import folder as files
 from nanollava import images, layouts
-from nanollava.checkpoint import language_folder, load, save, tokenizer_config
+from nanollava.checkpoint import load, save, tokenizer_config
 from nanollava.error import Error
 from nanollava.llava import Llava
-from nanollava.tokenizer import added_tokens
+from nanollava.places import language_folder
 
 
 def export(
@@ -24,8 +25,8 @@ def export(
     vision: Path | None = None,
     base: Path | None = None,
 ) -> None:
-    """Write any LLaVA that ``load`` reads as ``kind``, "llava-hf" or "llava"; dtype None is that in which
-    the first of its weights is stored.
+    """Write any LLaVA that ``load`` reads as ``kind``, "llava-hf" or "llava"; dtype None is that in which its weights
+    are stored, where these are several one that holds all. An image tower from another folder is rounded to it.
 
     Raises Error as ``load`` does, and where llava-hf, which knows only v1.5, lacks what the model has: a linear
     projector, tokens around its images.
@@ -56,12 +57,15 @@ def check_new(target: Path, *sources: Path) -> None:
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
-    """The dtype of a folder's first weight, tables that every model computes anew apart; None where it has none."""
-    for file in files.weight_files(folder):
-        for name, tensor in files.tensors(file):
-            if tensor.is_floating_point() and not name.endswith(layouts.PASSED_OVER):
-                return tensor.dtype
-    return None
+    """The dtype that holds all weights of a folder, tables that every model computes anew apart; None without any.
+    Reads no weights: they are opened, and never looked at."""
+    stored = {
+        tensor.dtype
+        for file in files.weight_files(folder)
+        for name, tensor in files.tensors(file)
+        if tensor.is_floating_point() and not name.endswith(layouts.PASSED_OVER)
+    }
+    return functools.reduce(torch.promote_types, stored) if stored else None
 
 
 def write_llava_hf(model: Llava, folder: Path) -> None:
@@ -115,8 +119,7 @@ def processor(model: Llava) -> dict[str, dict]:
 
 def tokenizer_settings(model: Llava, image_token: int) -> dict[str, dict]:
     """tokenizer_config.json and added_tokens.json, with <image> and <pad> besides the tokens added before."""
-    known = {token: i for token, i in added_tokens(model.tokenizer.file.parent).items() if i < image_token}
-    added = known | {"<image>": image_token, "<pad>": image_token + 1}
+    added = model.tokenizer.added | {"<image>": image_token, "<pad>": image_token + 1}
     special = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
     config = {
         **tokenizer_config(model.tokenizer, model.config.max_length),

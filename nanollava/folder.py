@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanollava.error import Error, first_line
+from nanollava.error import Error, first_line, some
 
 # what belongs to a checkpoint, so that nothing of it outlives its replacement
 OWN = ("*.safetensors", "*.bin", "*.pt", "*.index.json", "tokenizer*", "added_tokens.json", "special_tokens_map.json")
@@ -91,7 +91,7 @@ def tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     The file is opened anew after every AT_ONCE bytes: until it is closed, what was read of it counts as memory in use.
     """
     names = deque(shapes(file))
-    mapped = file.suffix != ".bin" or zipfile.is_zipfile(file)  # what is not has to be read whole, once
+    mapped = file.suffix != ".bin" or _can_map(file)  # what is not has to be read whole, once
     while names:
         with _opened(file) as stored:
             read = 0
@@ -124,19 +124,28 @@ def _opened(file: Path):
 
 
 def _load_bin(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by torch.save; memory-mapped, so that only what is used is read (files from before 2020 are
-    no zip archives and cannot be mapped)."""
+    """The tensors of a file by torch.save; memory-mapped where possible, so that only what is used is read."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=_can_map(file))
     except PermissionError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way, and torch's words advise to load it unsafely
         raise Error(f"{file}: damaged, or no file of weights ({type(error).__name__}); download it again") from error
-    if not isinstance(content, dict) or not all(
-        isinstance(x, Tensor) and isinstance(k, str) for k, x in content.items()
-    ):
+    good = isinstance(content, dict) and all(isinstance(x, Tensor) and isinstance(k, str) for k, x in content.items())
+    if not good:
         raise Error(f"{file}: expected a dictionary of tensors; is it a file of weights?")
+    if odd := [name for name, x in content.items() if x.layout != torch.strided or x.is_quantized or x.is_meta]:
+        raise Error(f"{file}: {some(odd)} tensors are quantised, sparse or without numbers; give plain ones")
     return content
+
+
+def _can_map(file: Path) -> bool:
+    """Whether the tensors stand in a .bin as in memory: not in files from before 2020, which are no zip archives, nor
+    in archives that somebody compressed."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 # ---------------------------------------------------------------- writing
@@ -288,11 +297,3 @@ def _flush_directory(folder: Path) -> None:
 def _from_the_disk(error: Exception) -> bool:
     """Whether writing failed: Python, safetensors and torch.save each have their own way of saying so."""
     return isinstance(error, OSError | SafetensorError) or "inline_container" in str(error)
-
-
-# ---------------------------------------------------------------- wording
-
-
-def some(names: list[str], shown: int = 10) -> str:
-    """How many there are, and the first few: "12 (a, b, c, ...)"."""
-    return f"{len(names)} ({', '.join(names[:shown])}{', ...' if len(names) > shown else ''})"

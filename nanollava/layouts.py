@@ -2,7 +2,12 @@
 
 The modules of this repository carry the official names inside, so that a layout is no more than a table of prefixes:
 what tensors are called in the files -> what they are called here. The first that fits is how they are read, the first
-that fits backwards how they are written. None: known, not needed, passed over.
+that fits backwards how they are written: a longer prefix stands before a shorter one that it begins with. None: known,
+not needed, passed over. A star: whatever stands in front. By the fifth line of LLAVA,
+
+    model.layers.3.mlp.up_proj.weight  is  language.layers.3.mlp.up_proj.weight
+
+in a Llava: `model.language.layers[3].mlp.up_proj.weight`.
 """
 
 Layout = tuple[tuple[str, str | None], ...]
@@ -44,25 +49,26 @@ _HF: Layout = (
 LLAVA_HF: Layout = (*_HF, ("lm_head.", "language.lm_head."), *((f"model.{theirs}", ours) for theirs, ours in _HF))
 
 # a projector alone: mm_projector.bin of stage 1, non_lora_trainables.bin of a LoRA run
-PROJECTOR: Layout = tuple((f"{wrapper}mm_projector.", "") for wrapper in (
-    "model.", "base_model.model.model.", "base_model.model.", "module.model.", "module.base_model.model.model.",
-    "model.model.", "_orig_mod.model.", "",
-))  # fmt: skip
+PROJECTOR: Layout = (("*mm_projector.", ""),)
+PROJECTOR_WITH_MARKS: Layout = (*PROJECTOR, ("*embed_tokens.weight", None))  # v0 and v1: see _trained_marks
 
 PASSED_OVER = (".rotary_emb.inv_freq", ".position_ids")  # tables that old versions stored and every model computes
 
 
 def ours(name: str, layout: Layout) -> str | None:
-    """What a tensor of a file is called here; None where it is passed over. Unknown names stay as they are."""
+    """What a tensor of a file is called here; None where it is passed over. Unknown names get a question mark, so that
+    they are nobody's."""
     if name.endswith(PASSED_OVER):
         return None
     for theirs, mine in layout:
-        if name.startswith(theirs):
-            return None if mine is None else mine + name.removeprefix(theirs)
-    return name
+        prefix = theirs.removeprefix("*")
+        start = name.find(prefix) if theirs.startswith("*") else 0
+        if start >= 0 and name.startswith(prefix, start):
+            return None if mine is None else mine + name[start + len(prefix) :]
+    return f"? {name}"
 
 
 def theirs(name: str, layout: Layout) -> str:
     """What a tensor of a module is called in a file."""
     official, mine = next((t, o) for t, o in layout if o is not None and name.startswith(o))
-    return official + name.removeprefix(mine)
+    return official.replace("*", "model.") + name.removeprefix(mine)

@@ -1,6 +1,6 @@
-"""LoRA runs of the official code: for some matrices W of the language model two small ones, A (r, in) and B (out, r),
-as PEFT stores them. Here they are merged, W + (lora_alpha / r) B A, and no trace of them is left (Hu et al., 2021,
-section 4.1)."""
+"""LoRA runs of the official code: for some matrices W (out, in) of the language model two small ones, A (r, in) and
+B (out, r), as PEFT stores them. Here they are merged, W + (lora_alpha / r) B A, and no trace of them is left (Hu et
+al., 2021, section 4.1)."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanollava import folder as files
-from nanollava.error import Error
+from nanollava.error import Error, some
 from nanollava.layouts import LLAMA, ours
 from nanollava.llama import Llama
 from nanollava.weights import finite
@@ -17,7 +17,8 @@ from nanollava.weights import finite
 PLAIN = {
     "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
     "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "layer_replication": None,
-    "alora_invocation_tokens": None,
+    "alora_invocation_tokens": None, "lora_bias": False, "use_qalora": False, "target_parameters": [],
+    "trainable_token_indices": None,
 }  # fmt: skip
 
 
@@ -41,14 +42,25 @@ def merge(language: Llama, folder: Path) -> None:
             f'{file}: "r" is {rank!r} and "lora_alpha" {alpha!r}, expected numbers below a million; download it again'
         )
     weights, halves = dict(language.named_parameters()), read_halves(folder)
+    if missing := [name for name in weights if name not in halves and is_target(name, config)]:
+        raise Error(f"{folder}: {some(missing)} have no adapters, which its target_modules promise; fetch it again")
     if unfit := [name for name, pair in halves.items() if not match(pair, weights.get(name), rank)]:
-        raise Error(f"{folder}: {files.some(unfit)} adapters are not finite, or do not fit the base; is it right?")
+        raise Error(f"{folder}: {some(unfit)} adapters are not finite, or do not fit the base; is it right?")
     for name, pair in halves.items():
         weight = weights[name]
         update = pair["B"].float() @ pair["A"].float() * (alpha / rank)
         weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
         if not finite(weight):
             raise Error(f"{folder}: its adapters make {name} too large for {weight.dtype}; try a wider dtype")
+
+
+def is_target(name: str, config: dict) -> bool:
+    """Whether a list of target_modules, all layers' where no others are chosen, has the module of a weight."""
+    targets, module = config.get("target_modules"), name.removesuffix(".weight")
+    chosen = any(config.get(choice) is not None for choice in ("layers_to_transform", "exclude_modules"))
+    if not isinstance(targets, list) or chosen or not name.endswith(".weight"):
+        return False
+    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def match(pair: dict[str, Tensor], weight: Tensor | None, rank: int) -> bool:
@@ -71,8 +83,10 @@ def read_halves(folder: Path) -> dict[str, dict[str, Tensor]]:
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in files.tensors(file):
         module, _, half = name.removeprefix("base_model.model.").removesuffix(".weight").partition(".lora_")
-        target = ours(f"{module}.weight", LLAMA)
-        halves.setdefault(str(target), {})[half.removesuffix(".default")] = tensor.clone()
+        target, half = str(ours(f"{module}.weight", LLAMA)), half.removesuffix(".default")
+        if half in halves.setdefault(target, {}):
+            raise Error(f"{file}: {target} has two adapters {half}; download it again")
+        halves[target][half] = tensor.clone()
     if not halves:
         raise Error(f"{file}: no adapters in it; download it again")
     return halves

@@ -15,6 +15,7 @@ from nanollava.error import Error
 from nanollava.folder import read_json
 
 IMAGE_TOKEN = "<image>"  # what a user writes where an image belongs
+IMAGE_MARKS = ("<im_start>", "<im_end>")  # what v0 and v1 put before an image, and behind it
 IMAGE_TOKEN_ID = -200  # what stands there among the token ids; no row of the embedding has this number
 
 # Two serialized protobuf messages in a row are one merged message, so these four bytes behind a model file
@@ -40,10 +41,22 @@ class Tokenizer:
         self.eos_id = self._spaced.eos_id()
         self.pad_id = self._spaced.unk_id()  # LLaMA has no padding token: `<unk>`, id 0, takes its place
         self.vocab_size = self._spaced.vocab_size()
-        self.image_ids = [IMAGE_TOKEN_ID]  # what stands for an image; v0 and v1 put one token before, one behind it
+        self.added: dict[str, int] = {}  # tokens that a checkpoint's authors added behind the vocabulary, and their ids
+        self.image_ids = [IMAGE_TOKEN_ID]  # what stands for an image
         # SentencePiece reports a special token only when no text can produce it, which is what keeps turns unforgeable.
         if self.bos_id < 0 or self.eos_id < 0:
             raise Error(f"{self.file}: no control tokens <s> and </s> in it; give a LLaMA-style tokenizer.model")
+
+    def mark_images(self) -> None:
+        """Let an image stand between <im_start> and <im_end>, as v0 and v1 were trained. Raises Error where these two
+        are not among the added tokens."""
+        ids = [self.added.get(mark, 0) for mark in IMAGE_MARKS]
+        if missing := [mark for mark, i in zip(IMAGE_MARKS, ids, strict=True) if i < self.vocab_size]:
+            asked = f"{' and '.join(missing)} missing, which config.json asks for (mm_use_im_start_end)"
+            raise Error(f"{self.file.with_name('added_tokens.json')}: {asked}; fetch the file again")
+        if ids[0] == ids[1]:
+            raise Error(f"{self.file.with_name('added_tokens.json')}: {' and '.join(IMAGE_MARKS)} have the same id")
+        self.image_ids = [ids[0], IMAGE_TOKEN_ID, ids[1]]
 
     def encode(self, text: str, bos: bool = True, prefix: bool = True) -> list[int]:
         """Token ids of a text. Whatever looks like a special token or an image mark in it is plain text.
@@ -72,20 +85,24 @@ def need_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder: `tokenizer.model`, and `legacy` from `tokenizer_config.json`.
+    """The tokenizer of a checkpoint folder: `tokenizer.model`; `legacy` from `tokenizer_config.json`; the added tokens,
+    and, from `config.json`, whether two of them stand around an image (v0 and v1).
 
-    Without that second file, or that field in it, the old spacing (legacy) holds.
-    Raises Error when the folder or the model is missing or broken, or the config is not what it should be.
+    Without the second file, or that field in it, the old spacing (legacy) holds.
+    Raises Error when the folder or the model is missing or broken, or one of the others is not what it should be.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise Error(f"{folder}: no such folder; give one that holds a tokenizer.model")
-    return Tokenizer(folder / "tokenizer.model", legacy=_legacy_flag(folder / "tokenizer_config.json"))
+    tokenizer = Tokenizer(folder / "tokenizer.model", legacy=_legacy_flag(folder / "tokenizer_config.json"))
+    tokenizer.added = _added_tokens(folder / "added_tokens.json")
+    config = folder / "config.json"
+    if config.is_file() and read_json(config).get("mm_use_im_start_end"):
+        tokenizer.mark_images()
+    return tokenizer
 
 
-def added_tokens(folder: Path) -> dict[str, int]:
-    """Tokens that a checkpoint's authors added behind the SentencePiece vocabulary, and their ids; mostly none."""
-    file = folder / "added_tokens.json"
+def _added_tokens(file: Path) -> dict[str, int]:
     added = read_json(file) if file.is_file() else {}
     if not all(type(i) is int and i >= 0 for i in added.values()):
         raise Error(f"{file}: expected an object of tokens and their ids; download it again")

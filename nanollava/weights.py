@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nanollava import folder as files
 from nanollava import layouts
-from nanollava.error import Error, first_line
+from nanollava.error import Error, first_line, some
 from nanollava.layouts import Layout
 from nanollava.llama import Llama
 from nanollava.llava import Llava
@@ -21,8 +21,15 @@ Dtype = torch.dtype | None
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a folder or a file, as called there."""
-    return {name: shape for file in files.weight_files(folder) for name, shape in files.shapes(file).items()}
+    """Name and shape of every tensor in a folder or a file, as called there. Raises Error for one in two shards."""
+    stored, twice = {}, []
+    for file in files.weight_files(folder):
+        shapes = files.shapes(file)
+        twice += shapes.keys() & stored.keys()
+        stored |= shapes
+    if twice:
+        raise Error(f"{folder}: {some(sorted(twice))} tensors are in two files each; download it again")
+    return stored
 
 
 def check_device(device: Device) -> None:
@@ -34,7 +41,11 @@ def check_device(device: Device) -> None:
 
 
 def fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype: Dtype) -> None:
-    """Give every parameter that is still on the meta device its tensor from the folder, or the one file."""
+    """Give every parameter that is still on the meta device its tensor from the folder, or the one file, on ``device``.
+
+    dtype: what they become; None is bfloat16 on CUDA and float32 elsewhere. Raises Error for a device or a dtype that
+    cannot be, for tensors missing, not expected or of another shape, and for such as hold no numbers.
+    """
     check_device(device)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
@@ -63,7 +74,7 @@ def _match(module: nn.Module, folder: Path, layout: Layout) -> dict[str, str]:
         if ours in wanted and stored[theirs] != wanted[ours]
     ]
     kinds = (("missing", missing), ("not expected", extra), ("of another shape", misshapen))
-    if problems := [f"{files.some(tensors)} {kind}" for kind, tensors in kinds if tensors]:
+    if problems := [f"{some(tensors)} {kind}" for kind, tensors in kinds if tensors]:
         raise Error(f"{folder}: the tensors are not those that config.json promises: {'; '.join(problems)}")
     return names
 
@@ -81,7 +92,7 @@ def _read(folder: Path, names: dict[str, str], device: Device, dtype: torch.dtyp
                 if not finite(tensor):
                     bad.append(theirs)
     if bad:
-        raise Error(f"{folder}: {files.some(bad)} tensors hold NaN, infinity or integers as {dtype}; fetch them again")
+        raise Error(f"{folder}: {some(bad)} tensors hold NaN, infinity or integers as {dtype}; fetch them again")
     return tensors
 
 
@@ -96,6 +107,19 @@ def cut_vocabulary(language: Llama, rows: int) -> None:
     for part in (language.embed_tokens, language.lm_head):
         part.weight = nn.Parameter(part.weight[:rows].detach().clone())
     language.embed_tokens.num_embeddings = language.lm_head.out_features = language.config.vocab_size = rows
+
+
+def add_vocabulary(language: Llama, rows: Tensor, size: int) -> None:
+    """Widen the vocabulary to ``size``: the last rows of the embedding are ``rows``, other new ones the mean of the
+    old, as the official code starts them. Raises Error where ``rows`` are not as wide or not finite."""
+    V, D = language.config.vocab_size, language.config.hidden_size
+    if rows.shape != (2, D) or not rows.is_floating_point() or not finite(rows):
+        raise Error(f"the embedding of <im_start> and <im_end> must be 2 rows of {D} finite numbers; fetch it again")
+    for part, last in ((language.lm_head, rows[:0]), (language.embed_tokens, rows)):
+        old = part.weight.detach()
+        mean = old.float().mean(dim=0, keepdim=True).to(old.dtype).expand(size - V - len(last), -1)
+        part.weight = nn.Parameter(torch.cat([old, mean, last.to(old)]))
+    language.embed_tokens.num_embeddings = language.lm_head.out_features = language.config.vocab_size = size
 
 
 def _tied(module: nn.Module) -> dict[str, str]:

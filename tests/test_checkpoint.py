@@ -14,7 +14,7 @@ from nanollava.checkpoint import check_tokenizer, load, load_language, load_visi
 from nanollava.error import Error
 from nanollava.llama import Llama, LlamaConfig
 from nanollava.llava import Llava, LlavaConfig
-from nanollava.tokenizer import Tokenizer
+from nanollava.tokenizer import Tokenizer, load_tokenizer
 from nanollava.vit import VisionConfig, VisionTransformer
 
 # no two sizes equal by accident
@@ -219,10 +219,13 @@ def test_where_the_image_tower_is_sought(tmp_path):
     save(model, tmp_path / "whole")
     with pytest.raises(Error, match="tower of its own"):
         load(tmp_path / "whole", vision=tmp_path / "elsewhere")
-    save_vision(other, tmp_path / "clip-small")  # beside it: found before the one that was named
-    assert_same(load(run, vision=tmp_path / "elsewhere").vision, other)
-    save_vision(model.vision, run / "vision_tower")  # inside: found before all others
+    save_vision(other, tmp_path / "clip-small")  # beside it
+    assert_same(load(run).vision, other)
+    save_vision(model.vision, run / "vision_tower")  # inside: before the one beside it
     assert_same(load(run), model)
+    assert_same(load(run, vision=tmp_path / "clip-small").vision, other)  # whoever names one gets it
+    with pytest.raises(Error, match="nowhere"):
+        load(run, vision=tmp_path / "nowhere")
     edit_config(run, mm_hidden_size=1024)
     with pytest.raises(Error, match="1024, but the image tower is 12 wide"):
         load(run)
@@ -314,6 +317,23 @@ def test_missing_and_broken_files(tmp_path):
     refused(tmp_path / "run", "no such file")
 
 
+def test_a_tensor_in_two_shards(tmp_path):
+    save_language(Llama(LlamaConfig(**LANGUAGE)), None, tmp_path / "run")
+    tensors = load_file(tmp_path / "run/model.safetensors")
+    (tmp_path / "run/model.safetensors").unlink()
+    save_file(tensors, tmp_path / "run/a.safetensors")
+    save_file({"model.norm.weight": tensors["model.norm.weight"] + 1}, tmp_path / "run/b.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "a.safetensors") | {"lm_head.weight": "b.safetensors"}}
+    (tmp_path / "run/model.safetensors.index.json").write_text(json.dumps(index))
+    refused(tmp_path / "run", r"1 \(model.norm.weight\) tensors are in two files", load_language)
+
+
+def test_our_own_names_are_no_official_ones(tmp_path):
+    save(make(), tmp_path / "run")
+    edit_tensors(tmp_path / "run", lambda t: t.update({"projector.bias": t.pop("model.mm_projector.bias")}))
+    refused(tmp_path / "run", r"1 \(model.mm_projector.bias\) missing; 1 \(projector.bias\) not expected")
+
+
 def test_a_tokenizer_that_does_not_fit(tmp_path, tokenizer):
     save(make(tokenizer), tmp_path / "run")
     model = Llama(LlamaConfig(**LANGUAGE | {"vocab_size": 399}))
@@ -325,14 +345,14 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, tokenizer):
             check_tokenizer(tokenizer, rows)
     shutil.copy(tokenizer.file, tmp_path / "tokenizer.model")
     (tmp_path / "added_tokens.json").write_text('{"<im_start>": 400, "<im_end>": 401}')
-    check_tokenizer(Tokenizer(tmp_path / "tokenizer.model"), 402)
+    check_tokenizer(load_tokenizer(tmp_path), 402)
 
 
 def test_tokens_that_were_added_are_saved_along(tmp_path, tokenizer):
     shutil.copy(tokenizer.file, tmp_path / "tokenizer.model")
     (tmp_path / "added_tokens.json").write_text('{"[PAD]": 400}')
     wide = LlamaConfig(**{**LANGUAGE, "vocab_size": 401})
-    model = Llava(LlavaConfig(VISION, wide), Tokenizer(tmp_path / "tokenizer.model")).eval()
+    model = Llava(LlavaConfig(VISION, wide), load_tokenizer(tmp_path)).eval()
     save(model, tmp_path / "run")
     assert_same(load(tmp_path / "run"), model)
 

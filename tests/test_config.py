@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanollava.config import check_kind, language_config, llava_config, llava_fields, vision_config
+from nanollava.config import check_kind, from_llava_hf, language_config, llava_config, llava_fields, vision_config
 from nanollava.error import Error
 from nanollava.llama import LlamaConfig
 from nanollava.llava import LlavaConfig
@@ -44,9 +44,24 @@ def test_absent_fields_have_the_defaults_of_the_official_classes():
     assert (bare.select_layer, bare.max_length, bare.stage) == (-2, 2048, "")
 
 
+def test_null_is_as_good_as_absent():
+    bare = {"mm_vision_select_layer": -2}
+    null = bare | dict.fromkeys(set(llava_fields(CONFIG, torch.float32)) - {"model_type", *bare})
+    assert llava_config(null, FILE, VisionConfig()) == llava_config(bare, FILE, VisionConfig())
+
+
 def test_rope_theta_in_either_place():
-    for fields in ({"rope_theta": 7}, {"rope_parameters": {"rope_theta": 7, "rope_type": "default"}}):
+    new = {"rope_parameters": {"rope_theta": 7, "rope_type": "default"}}
+    for fields in ({"rope_theta": 7}, new, {"rope_theta": 7, **new}):
         assert language_config(fields, FILE).rope_theta == 7
+
+
+def test_a_llava_without_vision_config_has_the_tower_of_llava_15():
+    read = from_llava_hf({"text_config": {}}, FILE)
+    assert vision_config(read["vision_config"], FILE) == VisionConfig(336, 14, 1024, 4096, 24, 16)
+    assert vision_config(from_llava_hf({"text_config": {}, "vision_config": {}}, FILE)["vision_config"], FILE) == (
+        VisionConfig()
+    )
 
 
 PROBLEMS = [
@@ -79,6 +94,11 @@ PROBLEMS = [
     ({"num_key_value_heads": 5}, "not a multiple"),
     ({"hidden_act": "gelu"}, "only 'silu'"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "only 'default'"),
+    ({"rope_parameters": {"rope_theta": 5000.0}, "rope_scaling": {"type": "dynamic"}}, "only 'default'"),
+    ({"rope_parameters": {"rope_theta": 7.0}}, "rope_theta is 5000.0 and 7.0"),
+    ({"mm_hidden_size": "48"}, "mm_hidden_size is '48'"),
+    ({"mm_vision_select_layer": True}, "is True"),
+    ({"vision_config": {"image_size": 2**24, "patch_size": 1}}, "more than any model"),
 ]
 
 

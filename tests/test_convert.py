@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from nanollava.checkpoint import load, save
 from nanollava.folder import tensors, weight_files
 from nanollava.llama import LlamaConfig
 from nanollava.llava import Llava, LlavaConfig
-from nanollava.tokenizer import Tokenizer
+from nanollava.tokenizer import Tokenizer, load_tokenizer
 from nanollava.vit import VisionConfig
 
 
@@ -50,6 +51,36 @@ def test_every_tensor_is_the_same_and_the_small_files_come_along(source, tmp_pat
         "model.safetensors.index.json", "tokenizer.model",
     ]  # fmt: skip
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_bin_that_somebody_compressed_is_read_as_what_it_is(source, tmp_path):
+    """Its tensors do not stand in the file as they do in memory, so it cannot be mapped."""
+    before = read(source)
+    for file in weight_files(source):
+        with zipfile.ZipFile(file) as stored:
+            entries = [(entry, stored.read(entry)) for entry in stored.infolist()]
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as smaller:
+            for entry, content in entries:
+                smaller.writestr(entry.filename, content)
+    convert.to_safetensors(source, tmp_path / "out")
+    after = read(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_tower_in_the_folder_comes_along(source, tmp_path):
+    (source / "vision_tower").mkdir()
+    (source / "vision_tower/pytorch_model.bin").write_bytes(b"tower")
+    convert.to_safetensors(source, tmp_path / "out")
+    assert (tmp_path / "out/vision_tower/pytorch_model.bin").read_bytes() == b"tower"
+
+
+def test_ctrl_c_is_no_traceback_and_leaves_nothing(source, tmp_path, monkeypatch, capsys):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "copy_settings", pressed)
+    assert convert.main(["to-safetensors", str(source), str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "\n" and not list(tmp_path.glob("*out*"))
 
 
 def test_one_file_stays_one_and_shared_matrices_are_written_twice(source, tmp_path):
@@ -117,12 +148,22 @@ def test_what_came_from_llava_hf_is_saved_and_read_again(rows, added, tiny_token
     shutil.copy(tiny_tokenizer_file, tmp_path / "tokenizer.model")
     if added:
         (tmp_path / "added_tokens.json").write_text(json.dumps(added))
-    model = small_llava(Tokenizer(tmp_path / "tokenizer.model"), rows)
+    model = small_llava(load_tokenizer(tmp_path), rows)
     save(model, tmp_path / "ours")
     convert.export(tmp_path / "ours", tmp_path / "hf", "llava-hf")
     convert.export(tmp_path / "hf", tmp_path / "back", "llava")
     back = load(tmp_path / "back")
     assert back.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True))
+
+
+def test_of_two_dtypes_the_one_that_holds_both_is_kept(tiny_tokenizer_file, tmp_path):
+    model = small_llava(Tokenizer(tiny_tokenizer_file))
+    model.language.bfloat16()
+    save(model, tmp_path / "ours")
+    convert.export(tmp_path / "ours", tmp_path / "out", "llava")
+    assert all(tensor.dtype == torch.float32 for tensor in read(tmp_path / "out").values())
+    back = load(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True))
 
 

@@ -20,7 +20,7 @@ from nanollava.images import preprocess
 from nanollava.llama import Llama, LlamaConfig
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
-from nanollava.tokenizer import Tokenizer
+from nanollava.tokenizer import Tokenizer, load_tokenizer
 from nanollava.vit import VisionConfig
 
 VISION = VisionConfig(24, 8, 30, 44, 4, 5)
@@ -97,7 +97,8 @@ def test_the_first_releases_are_read_and_know_their_template(version, template, 
 def test_an_image_stands_between_its_two_tokens(tiny_tokenizer_file, tmp_path):
     plain = Tokenizer(tiny_tokenizer_file)
     as_published(tmp_path / "llava", plain, ADDED["v1"])
-    tokenizer = load(tmp_path / "llava").tokenizer
+    tokenizer = load_tokenizer(tmp_path / "llava")
+    assert tokenizer.image_ids == load(tmp_path / "llava").tokenizer.image_ids
     ids, labels = encode(TALK, tokenizer, "llava_v1")
     expected, expected_labels = encode(TALK, plain, "llava_v1")
     place = expected.index(IMAGE)
@@ -123,6 +124,8 @@ def test_without_the_ids_of_those_tokens_nothing_is_guessed(tiny_tokenizer_file,
     refused(tmp_path / "llava", "added_tokens.json", "<im_end> missing", "mm_use_im_start_end")
     (tmp_path / "llava/added_tokens.json").write_text('{"<im_start>": 5, "<im_end>": 402}')  # 5 is a word's
     refused(tmp_path / "llava", "added_tokens.json", "<im_start> missing")
+    (tmp_path / "llava/added_tokens.json").write_text('{"<im_patch>": 400, "<im_start>": 402, "<im_end>": 402}')
+    refused(tmp_path / "llava", "added_tokens.json", "have the same id")
     (tmp_path / "llava/added_tokens.json").write_text('{"<im_patch>": "400"}')
     refused(tmp_path / "llava", "added_tokens.json", "ids")
     (tmp_path / "llava/added_tokens.json").write_text(json.dumps(ADDED["v1"]))
@@ -189,12 +192,20 @@ def test_a_delta_of_another_base_is_refused_and_leaves_nothing(delta, tmp_path, 
         assert convert.main(["apply-delta", str(tmp_path / "other"), str(folder), str(tmp_path / "sum")]) == 2
         line = capsys.readouterr().err
         assert "not the base of" in line and len(line.splitlines()) == 1 and not (tmp_path / "sum").exists()
+    assert convert.main(["apply-delta", str(folder), str(folder / "../delta"), str(tmp_path / "sum")]) == 2
+    assert "as base and as delta" in capsys.readouterr().err
     assert convert.main(["apply-delta", str(folder), str(base), str(tmp_path / "sum")]) == 2
     assert "expected llama" in capsys.readouterr().err
     weights = load_file(base / "model.safetensors")
     save_file(weights | {"model.norm.weight": torch.full((48,), torch.nan)}, base / "model.safetensors")
     assert convert.main(["apply-delta", str(base), str(folder), str(tmp_path / "sum")]) == 2
     assert "model.norm.weight is NaN" in capsys.readouterr().err
+    save_file(weights, base / "model.safetensors")
+    shard = next(file for file in weight_files(folder) if "model.norm.weight" in torch.load(file))
+    differences = torch.load(shard)
+    torch.save(differences | {"model.norm.weight": torch.ones(48).to(torch.float8_e4m3fn)}, shard)
+    assert convert.main(["apply-delta", str(base), str(folder), str(tmp_path / "sum")]) == 2
+    assert "model.norm.weight is NaN, infinite or no floats" in capsys.readouterr().err
     (folder / "pytorch_model-00002-of-00002.bin").write_bytes(b"cut")
     assert convert.main(["apply-delta", str(base), str(folder), str(tmp_path / "sum")]) == 2
     assert "00002-of-00002.bin: damaged" in capsys.readouterr().err
@@ -236,6 +247,37 @@ def test_a_projector_alone_over_its_base(kind, prefix, tiny_tokenizer_file, tmp_
     refused(tmp_path / "run", "lmsys/vicuna", "--base", "hf download lmsys/vicuna")
 
 
+@pytest.mark.parametrize("patch", [0, 1])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_projector_that_brings_the_embedding_of_im_start_and_im_end(patch, whole, tiny_tokenizer_file, tmp_path):
+    """As the first releases' stage 1 left it; with the row of <im_patch>, where that was added, nothing is done."""
+    tokenizer, size = Tokenizer(tiny_tokenizer_file), 402 + patch
+    model = over_base(tmp_path / "run", tokenizer, "linear")
+    marks = torch.randn(2, 48)
+    matrix = torch.cat([torch.zeros(400 + patch, 48), marks]) if whole else marks
+    stored = projector_of(model, "model.mm_projector.") | {"model.embed_tokens.weight": matrix}
+    torch.save(stored, tmp_path / "run/mm_projector.bin")
+    edit(tmp_path / "run/config.json", mm_use_im_start_end=True, vocab_size=size)
+    for folder in (tmp_path / "run", tmp_path / "again"):
+        loaded = load(folder)
+        embedding, head = loaded.language.embed_tokens.weight, loaded.language.lm_head.weight
+        assert torch.equal(embedding[:400], model.language.embed_tokens.weight) and torch.equal(embedding[-2:], marks)
+        assert torch.equal(head[:400], model.language.lm_head.weight)
+        assert torch.allclose(head[400:], model.language.lm_head.weight.mean(0).expand(2 + patch, -1), atol=1e-6)
+        assert loaded.tokenizer.image_ids == [size - 2, IMAGE, size - 1]
+        if not (tmp_path / "again").exists():
+            save(loaded, tmp_path / "again")
+
+
+def test_the_folder_s_own_tokenizer_comes_before_the_base_s(tiny_tokenizer_file, tmp_path):
+    model = over_base(tmp_path / "run", Tokenizer(tiny_tokenizer_file), "linear")
+    torch.save(projector_of(model, "model.mm_projector."), tmp_path / "run/mm_projector.bin")
+    shutil.copy(tiny_tokenizer_file, tmp_path / "run/tokenizer.model")
+    (tmp_path / "run/tokenizer_config.json").write_text('{"legacy": false}')
+    loaded = load(tmp_path / "run").tokenizer
+    assert (loaded.file, loaded.legacy) == (tmp_path / "run/tokenizer.model", False)
+
+
 def test_a_whole_model_refuses_a_base(tiny_tokenizer_file, tmp_path):
     save(make(Tokenizer(tiny_tokenizer_file)), tmp_path / "whole")
     torch.save({}, tmp_path / "whole/mm_projector.bin")  # official v1.5 folders have both
@@ -249,8 +291,18 @@ def test_a_projector_that_does_not_fit(tiny_tokenizer_file, tmp_path):
     whole = projector_of(model, "model.mm_projector.")
     torch.save({k: v for k, v in whole.items() if "2.bias" not in k}, file)
     refused(tmp_path / "run", "mm_projector.bin", "1 (model.mm_projector.2.bias) missing")
-    torch.save(whole | {"model.embed_tokens.weight": torch.ones(2, 48)}, file)
+    torch.save(whole | {"model.embed_tokens.weight": torch.ones(2, 48)}, file)  # without mm_use_im_start_end
     refused(tmp_path / "run", "mm_projector.bin", "model.embed_tokens.weight", "not expected")
+    edit(tmp_path / "run/config.json", mm_use_im_start_end=True, vocab_size=402)
+    for wrong in (torch.ones(2, 47), torch.ones(1, 48), torch.full((2, 48), torch.nan)):
+        torch.save(whole | {"model.embed_tokens.weight": wrong}, file)
+        refused(tmp_path / "run", "2 rows of 48 finite numbers")
+    edit(tmp_path / "run/config.json", vocab_size=405)
+    refused(tmp_path / "run", "vocab_size is 400", "with 405")
+    edit(tmp_path / "run/config.json", vocab_size=400)
+    torch.save(whole, file)
+    refused(tmp_path / "run", "added_tokens.json", "<im_start> and <im_end> missing")
+    edit(tmp_path / "run/config.json", mm_use_im_start_end=None)
     torch.save(whole | {"model.mm_projector.0.weight": torch.ones(48, 31)}, file)
     refused(tmp_path / "run", "(48, 31) for (48, 30)")
     torch.save(whole | {"model.mm_projector.0.bias": torch.full((48,), torch.nan)}, file)
@@ -316,6 +368,21 @@ def test_lora_merged_equals_its_side_branches(ending, lora_run, tmp_path):
     assert (found[:, 0] - before[:, 0]).abs().max() / before.abs().max() > 0.01
 
 
+@pytest.mark.parametrize("kind", ["llava", "llava-hf"])
+def test_lora_over_a_llava(kind, lora_run, tmp_path):
+    """As the official scripts train on a task: the base is itself a LLaVA; its tower serves, its projector does not."""
+    _, folder, _ = lora_run
+    expected = load(folder)
+    start = load(folder)
+    start.language.load_state_dict(load_language(tmp_path / "vicuna").state_dict())
+    randomly(start.projector)
+    save(start, tmp_path / "start")
+    convert.export(tmp_path / "start", tmp_path / "base", kind)
+    shutil.rmtree(tmp_path / "clip-vit")
+    loaded = load(folder, base=tmp_path / "base")
+    assert same(loaded, expected) and loaded.config == expected.config
+
+
 def test_lora_becomes_a_whole_folder(lora_run, tmp_path):
     _, folder, _ = lora_run
     assert convert.main(["export", "--as", "llava", str(folder), str(tmp_path / "whole")]) == 0
@@ -329,6 +396,11 @@ def test_lora_becomes_a_whole_folder(lora_run, tmp_path):
         ({"bias": "all"}, ("bias", "not supported")),
         ({"init_lora_weights": "pissa"}, ("init_lora_weights", "not supported")),
         ({"rank_pattern": {"q_proj": 8}}, ("rank_pattern", "not supported")),
+        ({"lora_bias": True}, ("lora_bias", "not supported")),
+        ({"use_qalora": True}, ("use_qalora", "not supported")),
+        ({"target_parameters": ["mlp.up_proj.weight"]}, ("target_parameters", "not supported")),
+        ({"trainable_token_indices": [1]}, ("trainable_token_indices", "not supported")),
+        ({"target_modules": [*ADAPTED, "k_proj"]}, ("3 (layers.0.self_attn.k_proj.weight", "target_modules")),
         ({"r": 4}, ("9 (", "do not fit")),
         ({"r": None}, ('"r" is None',)),
         ({"r": 0}, ('"r" is 0',)),
@@ -362,6 +434,8 @@ def test_adapters_that_do_not_fit(lora_run):
     refused(folder, "1 (layers.0.self_attn.q_proj.weight)", "not finite")
     stored({first: torch.full((RANK, 48), 1e38)})
     refused(folder, "layers.0.self_attn.q_proj.weight too large for torch.float32")
+    stored({first.replace(".weight", ".default.weight"): adapters[first].clone()})
+    refused(folder, "layers.0.self_attn.q_proj.weight has two adapters A")
     stored({first: torch.ones(RANK, 47)})
     refused(folder, "1 (layers.0.self_attn.q_proj.weight)")
     stored({}, without=first)

@@ -1,0 +1,57 @@
+"""Which folders belong together: an official LLaVA comes without its image tower, a LoRA or a projector without the
+language model that it was trained over."""
+
+from pathlib import Path
+
+from nanollava import folder as files
+from nanollava.error import Error
+
+
+def language_folder(folder: Path, base: str | Path | None = None) -> Path:
+    """Where the language model's weights are: in the folder itself, or, where it holds no more than was trained, in its
+    base. Raises Error where that is not found, and for a base that nobody asked for."""
+    adapter = folder / "adapter_config.json"
+    whole = any(folder.glob("pytorch_model*")) or any(folder.glob("model*.safetensors*"))
+    if whole or not (adapter.is_file() or (folder / "mm_projector.bin").is_file()):
+        if base is not None:
+            raise Error(f"{folder}: holds a whole model; leave out {base} (base=, --base)")
+        return folder
+    if adapter.is_file():
+        name = files.read_json(adapter).get("base_model_name_or_path") or "lmsys/vicuna-7b-v1.5"
+    else:
+        name = files.read_json(folder / "config.json").get("_name_or_path") or "lmsys/vicuna-7b-v1.5"
+    beside = _beside(folder, name)
+    place = files.last_good(base or beside or folder)
+    if not place.is_dir() or place.resolve() == folder.resolve():
+        raise Error(
+            f'{folder}: was trained over a base, "{name}", not in {place}; give its folder (base=, --base)'
+            f"{_fetch(name, beside)}"
+        )
+    return place
+
+
+def find_vision(folder: Path, config: dict, vision: str | Path | None, what: str) -> Path:
+    """The folder of the image tower, where the weights do not hold one: the one given, or the first of two places."""
+    tower = config.get("mm_vision_tower") or "openai/clip-vit-large-patch14-336"
+    beside = _beside(folder, tower)
+    places = [Path(vision)] if vision is not None else [folder / "vision_tower", *filter(None, [beside])]
+    for place in map(files.last_good, places):
+        if place.is_dir():
+            return place
+    raise Error(
+        f'{folder}: {what} (mm_vision_tower "{tower}") is neither in the folder itself nor in '
+        f"{' nor in '.join(map(str, places))}; give its folder (vision=, --vision)"
+        f"{_fetch(tower, beside, 'config.json pytorch_model.bin ')}"
+    )
+
+
+def _beside(folder: Path, name: object) -> Path | None:
+    """The folder next to this one that is called like the last part of a repository's name, wherever that was."""
+    last = Path(name).name if isinstance(name, str) and name.isprintable() else ""
+    return folder.resolve().parent / last if last not in ("", "..") else None
+
+
+def _fetch(name: object, target: Path | None, files: str = "") -> str:
+    """How to fetch a repository, where a name may be one: no path of the machine that trained."""
+    repository = isinstance(name, str) and name.count("/") == 1 and name[0] not in "./~"
+    return f" or fetch it: hf download {name} {files}--local-dir {target}" if repository and target else ""
