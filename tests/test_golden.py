@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanollava import lora
+from nanollava import convert, lora
 from nanollava.checkpoint import load, load_language, load_vision
 from nanollava.generate import Sampling, generate
+from nanollava.llava import Llava
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -37,9 +38,19 @@ def test_logits_of_a_decoder_and_of_a_lora_over_it():
         check("lora", "logits", language(WORDS))
 
 
-@pytest.mark.parametrize("name", ["llava-hf", "llava-new", "llava"])
+@pytest.mark.parametrize("name", ["llava-hf", "llava-new", "llava", "llava-v0", "stage1", "lora-run"])
 def test_logits_and_words_of_a_llava(name):
-    model, ids = load(GOLDEN / name), [1, IMAGE, 5, 6, IMAGE, 7, 8]
+    check_llava(name, load(GOLDEN / name))
+
+
+def test_logits_and_words_of_a_base_with_its_delta(tmp_path):
+    assert convert.main(["apply-delta", str(GOLDEN / "llama"), str(GOLDEN / "delta"), str(tmp_path / "sum")]) == 0
+    check_llava("delta", load(tmp_path / "sum", vision=GOLDEN / "clip"))
+
+
+def check_llava(name: str, model: Llava) -> None:
+    image = model.tokenizer.image_ids if model.tokenizer else [IMAGE]
+    ids = [1, *image, 5, 6, *image, 7, 8]
     with torch.no_grad():
         check(name, "logits", model(torch.tensor([ids]), PIXELS))
     (answer,) = generate(model, [ids], PIXELS, Sampling(max_new_tokens=6), "vicuna_v1")

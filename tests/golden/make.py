@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import peft
+import sentencepiece
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,12 @@ TEXT = {
 IMAGE, N = 45, 9
 PIXELS = torch.linspace(-2, 2, 2 * 3 * 12 * 12).sin().view(2, 3, 12, 12)
 IDS = [1, IMAGE, 5, 6, IMAGE, 7, 8]
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OFFICIAL = {
+    "model_type": "llava", "rope_theta": 500.0, "mm_vision_tower": "openai/clip", "mm_vision_select_layer": -2,
+    "_name_or_path": "lmsys/llama", **{name: value for name, value in TEXT.items() if name != "rope_parameters"},
+}  # fmt: skip
+SENTENCE = "A chat between a curious user and an assistant. What is this?"
 
 
 def drawn(model):
@@ -66,10 +73,18 @@ def llama() -> None:
     model.save_pretrained(HERE / "llama", max_shard_size="20KB")
     ids = torch.tensor([[1, 5, 44, 7, 33]])
     keep("llama", logits=model(ids).logits)
-    settings = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    adapted = peft.get_peft_model(model, settings).eval()
-    adapted.save_pretrained(HERE / "lora")
+    adapted = adapt(model, "lora", ["q_proj", "down_proj"], r=2, lora_alpha=3)
     keep("lora", logits=adapted(ids).logits)
+
+
+def adapt(model, name: str, targets: list[str], **settings):
+    """A decoder with the adapters that a folder then has. PEFT holds the targets in a set: they get their order."""
+    settings = peft.LoraConfig(target_modules=targets, init_lora_weights=False, **settings)
+    adapted = peft.get_peft_model(model, settings).eval()
+    adapted.save_pretrained(HERE / name, save_embedding_layers=False)
+    file = HERE / name / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": targets}, indent=2))
+    return adapted
 
 
 def llava() -> None:
@@ -108,6 +123,68 @@ def llava() -> None:
         keep(name, logits=logits, words=words)
 
 
+def joined(language, projector, image: list[int]) -> dict[str, torch.Tensor]:
+    """Logits and words of the tower in clip-tower/, a projector and a decoder; ``image``: what stands for an image,
+    IMAGE for its patches."""
+    tower = transformers.CLIPVisionModel.from_pretrained(HERE / "clip-tower").eval()
+    images = iter(projector(tower(PIXELS, output_hidden_states=True).hidden_states[-2][:, 1:]))
+    embedding = language.get_input_embeddings()
+    ids = [t for token in IDS for t in (image if token == IMAGE else [token])]
+    row = torch.cat([next(images) if token == IMAGE else embedding(torch.tensor([token])) for token in ids])[None]
+    logits, words = language(inputs_embeds=row).logits, []
+    for _ in range(6):
+        words.append(language(inputs_embeds=row).logits[0, -1].argmax())
+        row = torch.cat([row, embedding(words[-1]).view(1, 1, -1)], dim=1)
+    return {"logits": logits, "words": torch.stack(words)}
+
+
+def write(name: str, file: str, tensors: dict[str, torch.Tensor], **fields) -> None:
+    """A folder of the authors: its config, whose fields may be None to be left out, and one .bin file."""
+    (HERE / name).mkdir(exist_ok=True)
+    torch.save(tensors, HERE / name / file)
+    config = {field: value for field, value in (OFFICIAL | fields).items() if value is not None}
+    (HERE / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def first_release(name: str, *added: str) -> None:
+    """v0 and v1: tokens added behind the vocabulary of llama/, two of them around each image. A delta holds what its
+    decoder has more than llama/."""
+    more = {token: TEXT["vocab_size"] + number for number, token in enumerate(added)}
+    rows = {"vocab_size": TEXT["vocab_size"] + len(more)}
+    projector = torch.nn.Linear(10, 24)
+    language = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT | rows))
+    drawn(torch.nn.ModuleList([projector, language]))
+    tensors = {f"model.mm_projector.{part}": tensor for part, tensor in projector.state_dict().items()}
+    tensors |= {part: tensor.clone() for part, tensor in language.state_dict().items()}
+    if name == "delta":
+        for part, tensor in transformers.LlamaForCausalLM.from_pretrained(HERE / "llama").state_dict().items():
+            tensors[part][: len(tensor)] -= tensor
+    write(name, "pytorch_model.bin", tensors, **rows, _name_or_path=None, mm_use_im_start_end=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([SENTENCE]), model_prefix=str(HERE / name / "tokenizer"), model_type="bpe",
+        vocab_size=TEXT["vocab_size"], normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        minloglevel=2,
+    )  # fmt: skip
+    (HERE / name / "tokenizer.vocab").unlink()
+    (HERE / name / "added_tokens.json").write_text(json.dumps(more, indent=2) + "\n")
+    keep(name, **joined(language, projector, [more["<im_start>"], IMAGE, more["<im_end>"]]))
+
+
+def over_base() -> None:
+    """Over the decoder in llama/: a projector alone, and a LoRA run of all matrices with its own."""
+    language = transformers.LlamaForCausalLM.from_pretrained(HERE / "llama").eval()
+    linear = drawn(torch.nn.Linear(10, 24))
+    tensors = {f"model.mm_projector.{part}": tensor for part, tensor in linear.state_dict().items()}
+    write("stage1", "mm_projector.bin", tensors, mm_projector_type="linear")
+    keep("stage1", **joined(language, linear, [IMAGE]))
+    mlp = drawn(torch.nn.Sequential(torch.nn.Linear(10, 24), torch.nn.GELU(), torch.nn.Linear(24, 24)))
+    tensors = {f"base_model.model.model.mm_projector.{part}": tensor for part, tensor in mlp.state_dict().items()}
+    write("lora-run", "non_lora_trainables.bin", tensors, mm_projector_type="mlp2x_gelu")
+    language.name_or_path = "lmsys/llama"  # PEFT writes it down as the base
+    adapted = adapt(language, "lora-run", LINEAR, r=3, lora_alpha=7, lora_dropout=0.05, task_type="CAUSAL_LM")
+    keep("lora-run", **joined(adapted, mlp, [IMAGE]))
+
+
 if __name__ == "__main__":
     for folder in (path for path in HERE.iterdir() if path.is_dir()):
         shutil.rmtree(folder)
@@ -115,3 +192,6 @@ if __name__ == "__main__":
         clip()
         llama()
         llava()
+        first_release("llava-v0", "[PAD]", "<im_patch>", "<im_start>", "<im_end>")
+        first_release("delta", "<im_patch>", "<im_start>", "<im_end>")
+        over_base()
