@@ -137,7 +137,7 @@ def test_the_tower_may_come_from_another_folder(talk, folder, tmp_path, scripted
     tensors = load_file(bare / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "vision_tower" not in k}, bare / "model.safetensors")
     assert talk("", bare, "--ask", "What?")[0] == 2
-    assert talk("", bare, "--ask", "What?", "--vision", tmp_path / "tower") [:2] == (0, f"{TEXT}\n")
+    assert talk("", bare, "--ask", "What?", "--vision", tmp_path / "tower")[:2] == (0, f"{TEXT}\n")
 
 
 def test_the_miniature_comes_with_a_sample_image(talk, folder, image, questions, monkeypatch):
