@@ -25,7 +25,8 @@ from nanollava.miniature.recipe import RECIPES, run_miniature
 from nanollava.projector import make_projector, whiten
 from nanollava.tokenizer import load_tokenizer
 from nanollava.train.data import Dataset, Example, Report, group_by_image, read_records
-from nanollava.train.loop import Options, check_out, progress, train
+from nanollava.train.loop import Options, train
+from nanollava.train.resume import check_out, progress
 from nanollava.train.stages import STAGES, Stage
 from nanollava.weights import check_device
 

@@ -97,8 +97,8 @@ def _read(folder: Path, names: dict[str, str], device: Device, dtype: torch.dtyp
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN and no infinity in it: both show in the extremes. Tensor.isfinite takes about ten times as
-    long for bfloat16 on a CPU, and memory."""
+    """Whether there is no NaN and no infinity in it: both show in the extremes. Tensor.isfinite takes about ten times
+    as long for bfloat16 on a CPU, and memory."""
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 

@@ -32,7 +32,7 @@ from nanollava.llama import Llama, LlamaConfig
 from nanollava.llava import Llava
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
 from nanollava.tokenizer import load_tokenizer
-from nanollava.train import loop
+from nanollava.train import loop, resume
 from nanollava.train.data import Dataset, Example
 from nanollava.train.loop import draw_batches
 from nanollava.train.machine import share_cores
@@ -263,14 +263,14 @@ import os, signal, sys
 import torch
 torch.set_num_threads(2)
 import train
-from nanollava.train import loop
-write, saves = loop.write, []
+from nanollava.train import resume
+write, saves = resume.write, []
 def killed(model, folder):
     write(model, folder)
     saves.append(folder)
     if len(saves) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-loop.write = killed
+resume.write = killed
 train.main(sys.argv[1:])
 """
 
@@ -638,7 +638,7 @@ def test_when_nothing_can_be_printed_any_more_the_run_is_saved(error, trainer, t
         patch.setattr(loop.Run, "report", gone)
         patch.setattr(os, "dup2", lambda *_: None)
         assert trainer.stage(2, talks, tmp_path / "whole", *words) != 0
-    assert loop.progress(tmp_path / "whole") == "finished"
+    assert resume.progress(tmp_path / "whole") == "finished"
 
 
 def test_a_step_takes_no_more_than_there_is(trainer, talks, aligned, tmp_path, capsys):

@@ -24,8 +24,9 @@ from nanollava.folder import atomic_folder, check_replaceable, check_writable, r
 from nanollava.miniature import language, pretrain, scenes, teacher, world
 from nanollava.miniature.scenes import Scene, Thing, draw, random_scene
 from nanollava.tokenizer import load_tokenizer
-from nanollava.train.loop import minutes, progress
+from nanollava.train.loop import minutes
 from nanollava.train.machine import in_processes, processor
+from nanollava.train.resume import progress
 
 Command = Callable[[list[str]], None]  # does a train.py command as typed; raises what goes wrong
 

@@ -1,29 +1,26 @@
 """One training loop for both stages and the miniature's language model: draw groups, pack, add up the loss of a step,
 update, report, save.
 
-A run folder is a checkpoint folder at every moment after its first save: it can be loaded, chatted with, and resumed.
+resume.py keeps the run's folder.
 """
 
-import json
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from nanollava.checkpoint import load, write
 from nanollava.conversation import IGNORE
-from nanollava.error import Error, first_line
-from nanollava.folder import atomic_folder, check_writable, last_good, read_json
+from nanollava.error import Error
 from nanollava.llava import Batch, Llava
 from nanollava.train.data import Dataset
 from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_memory, peak_memory, share_cores
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
+from nanollava.train.resume import check_out, restore, save
 from nanollava.train.stages import STAGES, Stage, freeze, parameter_table
 
 
@@ -56,27 +53,6 @@ def train(
     Run(model, stage, data, val, out, options).run(resume)
 
 
-def progress(out: Path) -> str:
-    """Of a run in ``out``: "none" was saved, it was "begun", or it is "finished"."""
-    folder = last_good(out)
-    if not (folder / "config.json").is_file():
-        return "none"
-    return "begun" if (folder / "training.pt").is_file() else "finished"
-
-
-def check_out(out: Path, resume: bool) -> None:
-    """Raises Error where a new run cannot begin in ``out``, or where there is none to resume. Changes nothing in it."""
-    folder, done = last_good(out), progress(out)
-    if resume and done == "finished":
-        stage = read_json(folder / "config.json").get("stage") or "a model"
-        raise Error(f"{out}: nothing to resume: it holds {stage}, finished; choose another --out for a new run")
-    if resume and done == "none":
-        raise Error(f"{out}: nothing to resume: no checkpoint was saved there; start without --resume")
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Error(f"{out} exists: {'go on with --resume, or ' if done == 'begun' else ''}choose another --out")
-    check_writable(out)
-
-
 class Run:
     """One training run: the model, its optimizers, and how far it has come."""
 
@@ -95,7 +71,7 @@ class Run:
 
     def run(self, resume: bool) -> None:
         if resume:
-            self.restore()
+            restore(self)
         print(parameter_table(self.model), flush=True)
         keep_freed_memory()
         if self.options.compile and can_compile(self.on_cuda):
@@ -106,7 +82,7 @@ class Run:
             if not self.targets:
                 what = "no record that could be read has an answer within --max-length; see above"
                 raise Error(f"nothing was learnt: {what}")
-            self.save(final=True)
+            save(self, final=True)
         for damage in filter(None, (data.damage() for data in (self.data, self.val) if data)):
             print(damage, flush=True)
 
@@ -120,12 +96,12 @@ class Run:
             try:
                 self.report(entry, last)
             except OSError:  # nobody reads what is printed any more, or a log's disk is full
-                self.save(final=last)
+                save(self, final=last)
                 raise
             due = self.options.save_every and self.step % self.options.save_every == 0
             stop = interrupted()  # asked once: what it promises, a save, comes before the end
             if not last and (due or stop):
-                self.save()
+                save(self)
             if not last and stop:
                 raise KeyboardInterrupt
 
@@ -153,20 +129,30 @@ class Run:
         """The mean loss over all ``targets`` of the micro-batches, and its gradients."""
         self.targets += targets
         self.tokens += sum(int((b.documents >= 0).sum()) for b in batches)
+        if self.parallel > 1:
+            return self.backward_side_by_side(batches, targets)
+        total = 0.0
+        for batch in batches:
+            loss = self.loss(batch) / targets
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def backward_side_by_side(self, batches: list[Batch], targets: int) -> float:
+        """The same in threads. They return gradients, which are added up here: threads may not add to one ``p.grad`` at
+        the same time."""
         params, total = [p for p in self.model.parameters() if p.requires_grad], 0.0
-        compute = lambda batch: self.gradients(batch, targets, params)  # noqa: E731
-        for loss, grads in map(compute, batches) if self.parallel == 1 else self.pool.map(compute, batches):
+
+        def gradients(batch: Batch) -> tuple[float, tuple]:
+            loss = self.loss(batch) / targets
+            return loss.item(), torch.autograd.grad(loss, params, allow_unused=True)
+
+        for loss, grads in self.pool.map(gradients, batches):
             total += loss
             for p, grad in zip(params, grads, strict=True):
                 if grad is not None:
                     p.grad = grad if p.grad is None else p.grad.add_(grad)
         return total
-
-    def gradients(self, batch: Batch, targets: int, params: list[nn.Parameter]) -> tuple[float, tuple]:
-        """The loss of one micro-batch as a share of its step's, and its gradients: returned, not added up here, for
-        threads may not add to one ``p.grad`` at the same time."""
-        loss = self.loss(batch) / targets
-        return loss.item(), torch.autograd.grad(loss, params, allow_unused=True)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=self.on_cuda):
@@ -216,56 +202,6 @@ class Run:
                 flush=True,
             )
 
-    def save(self, final: bool = False) -> None:
-        """The model, the metrics, and, unless the run is over, all that --resume needs."""
-        with atomic_folder(self.out) as folder:
-            write(self.model, folder)
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in self.metrics))
-            if not final:
-                state = {"optimizers": [o.state_dict() for o in self.optimizers], "step": self.step}
-                torch.save(state | self.fingerprint(), folder / "training.pt")
-
-    def fingerprint(self) -> dict:
-        """What must be the same for a resumed run to give the losses of an undisturbed one, but for rounding: compiling
-        and the number of parallel parts, like the machine, move the last bits."""
-        shaping = {
-            k: v
-            for k, v in asdict(self.options).items()
-            if not k.endswith("_every") and k not in ("compile", "parallel")
-        }
-        return {
-            "stage": self.stage.name,
-            "config": asdict(self.model.config),
-            "data": f"{len(self.data):,} groups of records (checksum {self.data.checksum:08x})",
-            "options": shaping,
-        }
-
-    def restore(self) -> None:
-        """Load weights, optimizer and place in the data from ``out``."""
-        folder = last_good(self.out)
-        state = read_state(folder / "training.pt")
-        for name, value in self.fingerprint().items():
-            if state.get(name) != value:
-                raise Error(f"{self.out}: the run there has a different {name}: {differences(state.get(name), value)}")
-        self.model.load_state_dict(load(folder, dtype=torch.float32).state_dict())
-        try:
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            self.step = range(self.options.steps)[state["step"]]
-            self.metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise Error(f"{folder}: damaged ({first_line(error)}); choose another --out and start again") from error
-        print(f"resuming at step {self.step} of {self.options.steps}", flush=True)
-
-
-def read_state(file: Path) -> dict:
-    """What ``save`` left for --resume. Raises Error where it is damaged."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        return {"optimizers": [], "step": 0, **state}
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        raise Error(f"{file}: damaged ({first_line(error)}); choose another --out and start again") from error
-
 
 def draw_batches(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:
     """Endless batches of group numbers: every epoch a new permutation, a batch may reach into the next epoch. A pure
@@ -290,10 +226,3 @@ def count_targets(batches: list[Batch]) -> int:
 def minutes(seconds: float) -> str:
     """Minutes and seconds: 125 is 2:05."""
     return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
-
-
-def differences(old: object, new: object) -> str:
-    """The fields of two dictionaries that differ, or the two values."""
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return f"{old}, not {new}"
-    return ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in new if old.get(k) != new.get(k))

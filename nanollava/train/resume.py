@@ -1,0 +1,96 @@
+"""A run folder at every moment: a checkpoint that can be loaded and talked to, and, until the run is over, training.pt
+with all that --resume needs to go on as if nothing had happened."""
+
+import json
+import pickle
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from nanollava.checkpoint import load, write
+from nanollava.error import Error, first_line
+from nanollava.folder import atomic_folder, check_writable, last_good, read_json
+
+if TYPE_CHECKING:
+    from nanollava.train.loop import Run
+
+
+def progress(out: Path) -> str:
+    """Of a run in ``out``: "none" was saved, it was "begun", or it is "finished"."""
+    folder = last_good(out)
+    if not (folder / "config.json").is_file():
+        return "none"
+    return "begun" if (folder / "training.pt").is_file() else "finished"
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Raises Error where a new run cannot begin in ``out``, or where there is none to resume. Changes nothing in it."""
+    folder, done = last_good(out), progress(out)
+    if resume and done == "finished":
+        stage = read_json(folder / "config.json").get("stage") or "a model"
+        raise Error(f"{out}: nothing to resume: it holds {stage}, finished; choose another --out for a new run")
+    if resume and done == "none":
+        raise Error(f"{out}: nothing to resume: no checkpoint was saved there; start without --resume")
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Error(f"{out} exists: {'go on with --resume, or ' if done == 'begun' else ''}choose another --out")
+    check_writable(out)
+
+
+def save(run: "Run", final: bool = False) -> None:
+    """The model, the metrics, and, unless the run is over, all that --resume needs."""
+    with atomic_folder(run.out) as folder:
+        write(run.model, folder)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.metrics))
+        if not final:
+            state = {"optimizers": [o.state_dict() for o in run.optimizers], "step": run.step}
+            torch.save(state | fingerprint(run), folder / "training.pt")
+
+
+def fingerprint(run: "Run") -> dict:
+    """What must be the same for a resumed run to give the losses of an undisturbed one, but for rounding: compiling
+    and the number of parallel parts, like the machine, move the last bits."""
+    shaping = {
+        k: v for k, v in asdict(run.options).items() if not k.endswith("_every") and k not in ("compile", "parallel")
+    }
+    return {
+        "stage": run.stage.name,
+        "config": asdict(run.model.config),
+        "data": f"{len(run.data):,} groups of records (checksum {run.data.checksum:08x})",
+        "options": shaping,
+    }
+
+
+def restore(run: "Run") -> None:
+    """Load weights, optimizer and place in the data from ``out``."""
+    folder = last_good(run.out)
+    state = read_state(folder / "training.pt")
+    for name, value in fingerprint(run).items():
+        if state.get(name) != value:
+            raise Error(f"{run.out}: the run there has a different {name}: {differences(state.get(name), value)}")
+    run.model.load_state_dict(load(folder, dtype=torch.float32).state_dict())
+    try:
+        for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        run.step = range(run.options.steps)[state["step"]]
+        run.metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Error(f"{folder}: damaged ({first_line(error)}); choose another --out and start again") from error
+    print(f"resuming at step {run.step} of {run.options.steps}", flush=True)
+
+
+def read_state(file: Path) -> dict:
+    """What ``save`` left for --resume. Raises Error where it is damaged."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        return {"optimizers": [], "step": 0, **state}
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
+        raise Error(f"{file}: damaged ({first_line(error)}); choose another --out and start again") from error
+
+
+def differences(old: object, new: object) -> str:
+    """The fields of two dictionaries that differ, or the two values."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return f"{old}, not {new}"
+    return ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in new if old.get(k) != new.get(k))
