@@ -11,7 +11,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,8 +23,9 @@ from nanollava.llava import Llava, LlavaConfig
 from nanollava.miniature.recipe import RECIPES, run_miniature
 from nanollava.projector import make_projector, whiten
 from nanollava.tokenizer import load_tokenizer
-from nanollava.train.data import Dataset, Example, Report, group_by_image, read_records
+from nanollava.train.data import Dataset
 from nanollava.train.loop import Options, train
+from nanollava.train.records import Example, Report, group_by_image, hold_out, read_records
 from nanollava.train.resume import check_out, progress
 from nanollava.train.stages import STAGES, Stage
 from nanollava.weights import check_device
@@ -191,32 +191,6 @@ def read_data(args: argparse.Namespace, model: Llava, stage: Stage) -> tuple[lis
     if args.val and not val:
         raise Error(f"{args.val}: no record left to validate on")
     return groups, val
-
-
-def hold_out(groups: list[list[Example]], share: float, seed: int) -> tuple[list[list[Example]], list[list[Example]]]:
-    """A part to train on and a ``share`` for validation: no image is in both."""
-    subjects = list(connected(groups))
-    order = torch.randperm(len(subjects), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = {i for subject in order[: max(1, round(share * len(subjects)))] for i in subjects[subject]}
-    return [g for i, g in enumerate(groups) if i not in held], [groups[i] for i in sorted(held)]
-
-
-def connected(groups: list[list[Example]]) -> Iterable[list[int]]:
-    """The numbers of the groups, those together that share an image, if only by way of others."""
-    leader, first = list(range(len(groups))), {}  # a group's leader leads to the first group of its kind
-
-    def find(i: int) -> int:
-        while leader[i] != i:
-            leader[i] = i = leader[leader[i]]
-        return i
-
-    for i, examples in enumerate(groups):
-        for name in {name for example in examples for name in example.images}:
-            leader[find(i)] = find(first.setdefault(name, i))
-    subjects: dict[int, list[int]] = {}
-    for i in range(len(groups)):
-        subjects.setdefault(find(i), []).append(i)
-    return subjects.values()
 
 
 @torch.no_grad()

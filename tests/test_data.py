@@ -19,19 +19,8 @@ from nanollava.llama import LlamaConfig
 from nanollava.llava import NO_PATCH, Llava, LlavaConfig, Spliced
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
 from nanollava.tokenizer import Tokenizer
-from nanollava.train.data import (
-    Dataset,
-    Document,
-    Example,
-    collate,
-    documents,
-    group,
-    group_by_image,
-    image_path,
-    pack,
-    read_list,
-    read_records,
-)
+from nanollava.train.data import Dataset, Document, collate, documents, pack
+from nanollava.train.records import Example, group, group_by_image, image_path, read_list, read_records
 from nanollava.vit import VisionConfig
 
 N = 4  # patches of an image

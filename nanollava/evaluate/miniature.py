@@ -29,7 +29,7 @@ from nanollava.llava import Llava
 from nanollava.miniature.language import KINDS, Question, ask, describe, fill
 from nanollava.miniature.scenes import ATTRIBUTES, COLOURS, PLACES, SHAPES, SIZES, Thing
 from nanollava.miniature.world import Annotated, read_split
-from nanollava.train.data import read_list
+from nanollava.train.records import read_list
 
 BATCH = 250  # questions generated at once
 MOST = 1000  # questions of one kind about the test scenes, none twice

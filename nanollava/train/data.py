@@ -1,146 +1,29 @@
-"""Records in the official format become packed batches (LLaVA section 4.2).
+"""Groups of records become packed batches (LLaVA section 4.2).
 
-    JSON file -> checked records -> examples (ids, labels, images) -> groups, the units that a step draws
-    -> documents -> rows of at most max_length positions -> micro-batches
+    groups of examples -> documents -> rows of at most max_length positions -> micro-batches
 
 Nothing is padded that can be packed: short documents share a row and do not see each other. Records about the same
-image can share one copy of it (``group_by_image``): the tokens that they begin with become the document's shared
-beginning, each record a branch behind it. The loss is that of the records one by one; the image is paid for once.
+image can share one copy of it (``group_by_image``): what they begin with becomes the beginning of a document, each
+record a branch behind it. The loss is that of the records one by one; the image is paid for once.
 """
 
-import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from nanollava.conversation import IGNORE, encode, images_from_record, messages_from_record
-from nanollava.error import Error, first_line, printable
-from nanollava.images import check_image, open_image, preprocess
+from nanollava.conversation import IGNORE
+from nanollava.error import Error
+from nanollava.images import open_image, preprocess
 from nanollava.llava import NO_PATCH, Batch, LlavaConfig, Spliced, splice
-from nanollava.tokenizer import IMAGE_TOKEN_ID, Tokenizer
-
-
-class Example(NamedTuple):
-    """One record, tokenized; images has one path for each placeholder in token_ids."""
-
-    token_ids: np.ndarray  # (T,) int32
-    labels: np.ndarray  # (T,) int32
-    images: tuple[str, ...]
-
-
-@dataclass
-class Report:
-    """What reading a file found: the records that cannot be trained on, and how many will be cut."""
-
-    problems: list[str] = field(default_factory=list)  # one line for each bad record, its id first
-    cut: int = 0  # longer than max_length: their ends are lost
-    lost: int = 0  # of these, records cut before the first word of an answer: left out, nothing is learnt from them
-    unmarked: int = 0  # records with an image that no <image> mark points to: it is not shown
-    records: int = 0
-
-
-def read_list(file: str | Path) -> list[dict]:
-    """The records of an official file, a JSON array. Raises Error where it is missing, broken or not an array."""
-    try:
-        records = json.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Error(f"{file}: cannot be read ({error.strerror}); give the JSON file of the records") from error
-    except (ValueError, RecursionError) as error:
-        raise Error(f"{file}: is not whole JSON ({first_line(error)}); fetch or write it again") from error
-    if not isinstance(records, list) or not records:
-        raise Error(f"{file}: must be a JSON array of records, with at least one in it")
-    return records
-
-
-def image_path(folder: str | Path, name: str) -> Path:
-    """Where the image ``name`` of a record lies. Raises Error for a name that leads out of the folder."""
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-        raise Error(f"image name {name!r} leads out of the image folder; use a path inside it")
-    return Path(folder) / name
-
-
-def make_example(record: dict, tokenizer: Tokenizer, config: LlavaConfig, template: str) -> Example:
-    """Raises Error for a record that cannot be learnt from."""
-    messages = messages_from_record(record)
-    images = images_from_record(record)
-    token_ids, labels = encode(messages, tokenizer, template, images=len(images))
-    marks = token_ids.count(IMAGE_TOKEN_ID)
-    images = images * marks if len(images) == 1 else images  # every marked turn shows the one image
-    room = config.max_length - marks * (config.vision.num_patches - 1)
-    last = max((i for i, token in enumerate(token_ids) if token == IMAGE_TOKEN_ID), default=-1)
-    if last >= room:
-        raise Error(f"{marks} images do not fit into {config.max_length} positions; raise --max-length")
-    return Example(np.array(token_ids, np.int32), np.array(labels, np.int32), tuple(images))
-
-
-def read_records(
-    file: str | Path, image_folder: str | Path | None, tokenizer: Tokenizer, config: LlavaConfig, template: str
-) -> tuple[list[Example], Report]:
-    """All good examples of a file, and a report that names every bad record. Images are judged by their headers."""
-    examples, report, seen = [], Report(), {}
-    for number, record in enumerate(read_list(file)):
-        report.records += 1
-        record = {"id": f"number {number}", **record} if isinstance(record, dict) else record
-        try:
-            example = make_example(record, tokenizer, config, template)
-            for name in example.images:
-                check_once(name, image_folder, seen)
-        except Error as error:
-            name = str(record["id"]) if isinstance(record, dict) else f"number {number}"
-            problem = str(error).removeprefix(f"record {name}: ")
-            report.problems.append(f"record {printable(name, 100)}: {printable(problem, 500)}")
-            continue
-        report.unmarked += bool(record.get("image")) and not example.images
-        length = len(example.token_ids) + len(example.images) * (config.vision.num_patches - 1)
-        report.cut += length > config.max_length
-        if first_target(example, config.vision.num_patches) >= config.max_length:
-            report.lost += 1
-        else:
-            examples.append(example)
-    return examples, report
-
-
-def first_target(example: Example, num_patches: int) -> int:
-    """The position, images widened, of the first token that carries loss."""
-    first = int((example.labels != IGNORE).argmax())
-    return first + int((example.token_ids[:first] == IMAGE_TOKEN_ID).sum()) * (num_patches - 1)
-
-
-def check_once(name: str, folder: str | Path | None, seen: dict[str, str]) -> None:
-    """check_image for a name met for the first time; the same Error again for one met before."""
-    if name not in seen:
-        try:
-            if folder is None:
-                raise Error(f"image {name}: no image folder given; add --images FOLDER")
-            check_image(image_path(folder, name))
-            seen[name] = ""
-        except Error as error:
-            seen[name] = str(error)
-    if seen[name]:
-        raise Error(seen[name])
-
-
-def group(examples: list[Example], keys: Iterable[Hashable]) -> list[list[Example]]:
-    """Examples with equal keys together, in the order of first appearance: the units that are shuffled."""
-    groups: dict[Hashable, list[Example]] = {}
-    for example, key in zip(examples, keys, strict=True):
-        groups.setdefault(key, []).append(example)
-    return list(groups.values())
-
-
-def group_by_image(examples: list[Example]) -> list[list[Example]]:
-    """Examples about the same images together; those without images each by themselves."""
-    return group(examples, (example.images or number for number, example in enumerate(examples)))
+from nanollava.train.records import Example, image_path
 
 
 class Document(NamedTuple):
