@@ -61,6 +61,9 @@ def _load_whole(folder: Path, config: dict, vision: str | Path | None, device: D
     file, layout, tower = folder / "config.json", LLAVA, None
     if "text_config" in config:
         config, layout = fields.from_llava_hf(config, file), LLAVA_HF
+        if config.get("image_aspect_ratio") is None and (folder / "preprocessor_config.json").is_file():
+            pads = files.read_json(folder / "preprocessor_config.json").get("do_pad")
+            config["image_aspect_ratio"] = "pad" if pads else "crop"
     own = any(str(layouts.ours(name, layout)).startswith("vision.") for name in stored_shapes(folder))
     if own and config.get("vision_config") is not None:
         if vision is not None:
@@ -77,9 +80,14 @@ def _load_whole(folder: Path, config: dict, vision: str | Path | None, device: D
     model.vision = tower or model.vision
     fill(model, folder, layout, device, dtype)
     _cut_vocabulary(model, config)
-    if settings.use_im_start_end and model.tokenizer and "template" not in config:  # v0 is known by its padding token
-        settings.template = "llava_v0" if "[PAD]" in model.tokenizer.added else "llava_v1"
+    _settle_template(model, config)
     return model
+
+
+def _settle_template(model: Llava, config: dict) -> None:
+    """v0 and v1 name no template: they are known by the tokens around images, v0 by its padding token besides."""
+    if model.config.use_im_start_end and model.tokenizer and config.get("template") is None:
+        model.config.template = "llava_v0" if "[PAD]" in model.tokenizer.added else "llava_v1"
 
 
 def _load_over_base(
@@ -114,8 +122,9 @@ def _load_over_base(
     _learn_marks(model, marks, sizes.vocab_size)
     if adapted:
         lora.merge(model.language, folder)
+        _settle_template(model, config)
     else:
-        model.config.stage, model.config.template = "stage1", "plain"
+        model.config.stage, model.config.template = "stage1", config.get("template") or "plain"
     return model
 
 
@@ -124,7 +133,7 @@ def _trained_marks(projector: Path) -> Tensor | None:
     stored beside it, alone or as the end of a whole matrix."""
     for name, tensor in files.tensors(projector):
         if name.endswith("embed_tokens.weight"):
-            return tensor[-2:].clone()
+            return tensor[-2:].clone() if tensor.ndim else tensor
     return None
 
 

@@ -47,25 +47,30 @@ def required(config: dict, file: Path, name: str) -> Any:
 
 def from_llava_hf(config: dict, file: Path) -> dict:
     """The config of LlavaForConditionalGeneration (text_config and vision_config) in the official field names, and
-    those of ours that `llava_hf_fields` adds. Without these such models crop their pictures and know v1.5's template.
+    those of ours that `llava_hf_fields` adds. Without these such models know v1.5's template, and cut nothing that
+    their positions reach.
     """
     text = config["text_config"]
     if not isinstance(text, dict) or text.get("model_type") not in (None, "llama"):
         raise Error(f"{file}: text_config is not that of a LLaMA; only those are supported")
     _supported(config, file, projector_hidden_act="gelu", vision_feature_select_strategy="default")
     _supported(config, file, multimodal_projector_bias=True)
-    layer = config.get("vision_feature_layer")
+    layer = -2 if config.get("vision_feature_layer") is None else config["vision_feature_layer"]
+    if type(layer) is not int:
+        raise Error(f'{file}: the field "vision_feature_layer" is {layer!r}, expected one whole number, such as -2')
+    image_token = _value_or(32000, config, file, "image_token_index")
     ours = {name: config[name] for name in OURS if name in config}
     rows = _value_or(0, config, file, "rows_before_image") or None
     return {
+        "tokenizer_model_max_length": text.get("max_position_embeddings"),
         **text,
         **ours,
         "tie_word_embeddings": bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings")),
-        "image_token_index": config.get("image_token_index", 32000),
+        "image_token_index": image_token,
         "rows_before_image": rows,
         "vision_config": TOWER if config.get("vision_config") is None else config["vision_config"],
         "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": -2 if layer is None else layer,
+        "mm_vision_select_layer": layer,
     }
 
 

@@ -47,7 +47,8 @@ OFFICIAL = {
 
 
 def to_safetensors(source: Path, target: Path) -> None:
-    """Write the folder ``target``: all of ``source``, its .bin weights as .safetensors, shard for shard.
+    """Write the folder ``target``: the files of ``source``, its .bin weights as .safetensors, shard for shard. What is
+    no part of a whole model (mm_projector.bin and the like) and subfolders but vision_tower/ stay behind.
 
     Raises Error where there are no .bin weights, for damaged ones, and where the disk is full; then nothing is left.
     """

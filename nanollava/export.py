@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from nanollava import config as fields
 from nanollava import folder as files
@@ -15,6 +14,7 @@ from nanollava.checkpoint import load, save, tokenizer_config
 from nanollava.error import Error
 from nanollava.llava import Llava
 from nanollava.places import language_folder
+from nanollava.weights import write_named
 
 
 def export(
@@ -32,8 +32,7 @@ def export(
     projector, tokens around its images.
     """
     check_new(target, source)
-    stored = stored_dtype(language_folder(files.last_good(source), base))
-    model = load(source, dtype=dtype or stored, vision=vision, base=base)
+    model = load(source, dtype=dtype or stored_dtype(files.last_good(source), base), vision=vision, base=base)
     if kind == "llava":
         save(model, target)
         return
@@ -56,14 +55,16 @@ def check_new(target: Path, *sources: Path) -> None:
         raise Error(f"{target} exists: choose another folder")
 
 
-def stored_dtype(folder: Path) -> torch.dtype | None:
-    """The dtype that holds all weights of a folder, tables that every model computes anew apart; None without any.
-    Reads no weights: they are opened, and never looked at."""
+def stored_dtype(folder: Path, base: Path | None = None) -> torch.dtype | None:
+    """The dtype that holds all weights of a folder, or of its base, tables that every model computes anew apart; None
+    without any. Reads no weights: they are opened, and never looked at."""
+    if (place := language_folder(folder, base)) != folder:
+        return stored_dtype(place)
     stored = {
         tensor.dtype
         for file in files.weight_files(folder)
         for name, tensor in files.tensors(file)
-        if tensor.is_floating_point() and not name.endswith(layouts.PASSED_OVER)
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not name.endswith(layouts.PASSED_OVER)
     }
     return functools.reduce(torch.promote_types, stored) if stored else None
 
@@ -74,13 +75,11 @@ def write_llava_hf(model: Llava, folder: Path) -> None:
     none of them is ever the likeliest token."""
     V, dtype = model.config.language.vocab_size, model.language.norm.weight.dtype
     rows = -(-(V + 2) // 64) * 64
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name in ("language.embed_tokens.weight", "language.lm_head.weight"):
-            mean = tensor.float().mean(dim=0).to(tensor.dtype)
-            tensor = torch.cat([tensor, mean.expand(rows - V, -1)])
-        tensors[layouts.theirs(name, layouts.LLAVA_HF)] = tensor.contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = model.state_dict()
+    for name in ("language.embed_tokens.weight", "language.lm_head.weight"):
+        mean = tensors[name].float().mean(dim=0).to(dtype)
+        tensors[name] = torch.cat([tensors[name], mean.expand(rows - V, -1)])
+    write_named(tensors, folder, layouts.LLAVA_HF, dtype)
     settings = {"config.json": fields.llava_hf_fields(model.config, dtype, V, rows), **processor(model)}
     if model.tokenizer:
         shutil.copyfile(model.tokenizer.file, folder / "tokenizer.model")

@@ -90,11 +90,10 @@ def tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
     The file is opened anew after every AT_ONCE bytes: until it is closed, what was read of it counts as memory in use.
     """
-    names = deque(shapes(file))
-    mapped = file.suffix != ".bin" or _can_map(file)  # what is not has to be read whole, once
-    while names:
+    names, mapped = None, file.suffix != ".bin" or _can_map(file)  # what is not has to be read whole
+    while names is None or names:
         with _opened(file) as stored:
-            read = 0
+            names, read = deque(stored.keys()) if names is None else names, 0
             while names and (read < AT_ONCE or not mapped):
                 name = names.popleft()
                 tensor = stored[name] if isinstance(stored, dict) else stored.get_tensor(name)

@@ -52,7 +52,8 @@ LLAVA_HF: Layout = (*_HF, ("lm_head.", "language.lm_head."), *((f"model.{theirs}
 PROJECTOR: Layout = (("*mm_projector.", ""),)
 PROJECTOR_WITH_MARKS: Layout = (*PROJECTOR, ("*embed_tokens.weight", None))  # v0 and v1: see _trained_marks
 
-PASSED_OVER = (".rotary_emb.inv_freq", ".position_ids")  # tables that old versions stored and every model computes
+# tables that old versions stored and every model computes
+PASSED_OVER = (".self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "embeddings.position_ids")
 
 
 def ours(name: str, layout: Layout) -> str | None:

@@ -11,7 +11,7 @@ from nanollava import folder as files
 from nanollava.error import Error, some
 from nanollava.layouts import LLAMA, ours
 from nanollava.llama import Llama
-from nanollava.weights import finite
+from nanollava.weights import finite, usable
 
 # what would change the sum, and is not implemented: the values that do not
 PLAIN = {
@@ -65,14 +65,10 @@ def is_target(name: str, config: dict) -> bool:
 
 def match(pair: dict[str, Tensor], weight: Tensor | None, rank: int) -> bool:
     """Whether A and B are there, finite, and of the shapes that the weight asks for."""
-    if weight is None or weight.ndim != 2 or not all(map(usable, pair.values())):
+    if weight is None or not all(map(usable, pair.values())):
         return False
     shapes = {half: tuple(tensor.shape) for half, tensor in pair.items()}
     return shapes == {"A": (rank, weight.shape[1]), "B": (weight.shape[0], rank)}
-
-
-def usable(half: Tensor) -> bool:
-    return half.is_floating_point() and finite(half)
 
 
 def read_halves(folder: Path) -> dict[str, dict[str, Tensor]]:

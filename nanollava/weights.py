@@ -85,7 +85,7 @@ def _read(folder: Path, names: dict[str, str], device: Device, dtype: torch.dtyp
     for file in files.weight_files(folder):
         for theirs, stored in files.tensors(file):
             if theirs in names:
-                if not stored.is_floating_point() or stored.is_meta:
+                if not stored.is_floating_point():
                     bad.append(theirs)
                     continue
                 tensors[names[theirs]] = tensor = stored.to(device, dtype, copy=True)
@@ -102,8 +102,16 @@ def finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
+def usable(tensor: Tensor) -> bool:
+    """Whether it can be computed with as it is: floats of at least two bytes, all finite."""
+    return tensor.is_floating_point() and tensor.itemsize > 1 and finite(tensor)
+
+
 def cut_vocabulary(language: Llama, rows: int) -> None:
-    """Drop the rows that llava-hf adds behind the tokenizer's pieces: for <image>, which needs none here, and <pad>."""
+    """Drop the rows that llava-hf adds behind the tokenizer's pieces: for <image>, which needs none here, and <pad>.
+    Raises Error where there are not so many."""
+    if rows > language.config.vocab_size:
+        raise Error(f"rows_before_image is {rows}, but the vocabulary has {language.config.vocab_size} (vocab_size)")
     for part in (language.embed_tokens, language.lm_head):
         part.weight = nn.Parameter(part.weight[:rows].detach().clone())
     language.embed_tokens.num_embeddings = language.lm_head.out_features = language.config.vocab_size = rows
@@ -113,7 +121,7 @@ def add_vocabulary(language: Llama, rows: Tensor, size: int) -> None:
     """Widen the vocabulary to ``size``: the last rows of the embedding are ``rows``, other new ones the mean of the
     old, as the official code starts them. Raises Error where ``rows`` are not as wide or not finite."""
     V, D = language.config.vocab_size, language.config.hidden_size
-    if rows.shape != (2, D) or not rows.is_floating_point() or not finite(rows):
+    if rows.shape != (2, D) or not usable(rows):
         raise Error(f"the embedding of <im_start> and <im_end> must be 2 rows of {D} finite numbers; fetch it again")
     for part, last in ((language.lm_head, rows[:0]), (language.embed_tokens, rows)):
         old = part.weight.detach()
@@ -137,11 +145,15 @@ def tie(language: Llama) -> None:
 
 def write_tensors(module: nn.Module, folder: Path, layout: Layout, dtype: Dtype) -> None:
     """A module's tensors as the one file of a folder. Raises Error where one is not finite (in that dtype)."""
-    tied, tensors = _tied(module), {}
-    for name, tensor in module.state_dict().items():
-        if name in tied:
-            continue
-        tensors[layouts.theirs(name, layout)] = stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    tied = _tied(module)
+    write_named({name: t for name, t in module.state_dict().items() if name not in tied}, folder, layout, dtype)
+
+
+def write_named(tensors: dict[str, Tensor], folder: Path, layout: Layout, dtype: Dtype) -> None:
+    """The same for tensors by the names that they have here."""
+    named = {}
+    for name, tensor in tensors.items():
+        named[layouts.theirs(name, layout)] = stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         if not finite(stored):
             raise Error(f"{name} holds NaN or infinity as {stored.dtype}; go back to an earlier checkpoint")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})

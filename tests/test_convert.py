@@ -171,7 +171,10 @@ def test_the_dtype_kept_is_that_of_the_weights_not_of_tables_beside_them(tiny_to
     save(small_llava(Tokenizer(tiny_tokenizer_file)), tmp_path / "ours", torch.float16)
     stored = read(tmp_path / "ours")
     (tmp_path / "ours/model.safetensors").unlink()
-    tables = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "x.position_ids": torch.arange(3)}
+    tables = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
+        "x.embeddings.position_ids": torch.arange(3),
+    }
     torch.save(tables | stored, tmp_path / "ours/pytorch_model.bin")
     convert.export(tmp_path / "ours", tmp_path / "out", "llava")
     assert {value.dtype for value in read(tmp_path / "out").values()} == {torch.float16}

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import chat
+from nanollava import convert
 
 GOLDEN = Path(__file__).parent / "golden"
 INDEX = "pytorch_model.bin.index.json"
@@ -173,8 +175,11 @@ OFFICIAL = {  # a .bin, the image tower in the folder beside it
 CASES = [("llava-hf", *case) for case in HF.items()] + [("llava", *case) for case in OFFICIAL.items()]
 
 
+@pytest.mark.parametrize("command", ["chat", "export"])
 @pytest.mark.parametrize(("kind", "name", "case"), CASES, ids=[name for _, name, _ in CASES])
-def test_a_damaged_folder_is_one_line_and_leaves_no_trace(kind, name, case, tmp_path, tiny_tokenizer_file, capsys):
+def test_a_damaged_folder_is_one_line_and_leaves_no_trace(
+    kind, name, case, command, tmp_path, tiny_tokenizer_file, capsys
+):
     damage, words = case
     folder = Path(shutil.copytree(GOLDEN / kind, tmp_path / "weights"))
     shutil.copytree(GOLDEN / "clip", tmp_path / "clip")
@@ -182,7 +187,12 @@ def test_a_damaged_folder_is_one_line_and_leaves_no_trace(kind, name, case, tmp_
         shutil.copy(tiny_tokenizer_file, folder / "tokenizer.model") if "legacy" in name or "added" in name else None
     damage(folder)
     before = sorted(tmp_path.rglob("*"))
-    assert chat.main([str(folder), "--ask", "What is this?", "--device", "cpu"]) == 2
+    started = time.process_time()
+    if command == "chat":
+        assert chat.main([str(folder), "--ask", "What is this?", "--device", "cpu"]) == 2
+    else:
+        assert convert.main(["export", "--as", "llava", str(folder), str(tmp_path / "out")]) == 2
+    assert time.process_time() - started < 1  # second, of this process alone
     line = capsys.readouterr().err
     assert line.startswith("error: ") and line.count("\n") == 1 and words in line, line
     assert sorted(tmp_path.rglob("*")) == before and not Path("pwned").exists()

@@ -294,7 +294,8 @@ def test_a_projector_that_does_not_fit(tiny_tokenizer_file, tmp_path):
     torch.save(whole | {"model.embed_tokens.weight": torch.ones(2, 48)}, file)  # without mm_use_im_start_end
     refused(tmp_path / "run", "mm_projector.bin", "model.embed_tokens.weight", "not expected")
     edit(tmp_path / "run/config.json", mm_use_im_start_end=True, vocab_size=402)
-    for wrong in (torch.ones(2, 47), torch.ones(1, 48), torch.full((2, 48), torch.nan)):
+    half_byte = torch.ones(2, 48).to(torch.float8_e4m3fn)
+    for wrong in (torch.ones(2, 47), torch.ones(1, 48), torch.full((2, 48), torch.nan), torch.ones(()), half_byte):
         torch.save(whole | {"model.embed_tokens.weight": wrong}, file)
         refused(tmp_path / "run", "2 rows of 48 finite numbers")
     edit(tmp_path / "run/config.json", vocab_size=405)
@@ -368,6 +369,16 @@ def test_lora_merged_equals_its_side_branches(ending, lora_run, tmp_path):
     assert (found[:, 0] - before[:, 0]).abs().max() / before.abs().max() > 0.01
 
 
+def test_lora_over_a_first_release_keeps_its_template(lora_run, tiny_tokenizer_file, tmp_path):
+    _, folder, _ = lora_run
+    as_published(tmp_path / "v0" / "base", Tokenizer(tiny_tokenizer_file), ADDED["v0"])
+    edit(folder / "config.json", mm_use_im_start_end=True, vocab_size=404)
+    torch.save(projector_of(make(None), "model.mm_projector."), folder / "non_lora_trainables.bin")
+    edit(folder / "config.json", mm_projector_type="linear")
+    loaded = load(folder, base=tmp_path / "v0" / "base")
+    assert (loaded.config.template, loaded.tokenizer.image_ids) == ("llava_v0", [401, IMAGE, 402])
+
+
 @pytest.mark.parametrize("kind", ["llava", "llava-hf"])
 def test_lora_over_a_llava(kind, lora_run, tmp_path):
     """As the official scripts train on a task: the base is itself a LLaVA; its tower serves, its projector does not."""
@@ -430,8 +441,9 @@ def test_adapters_that_do_not_fit(lora_run):
 
     stored({first: torch.full((RANK, 48), torch.inf)})
     refused(folder, "1 (layers.0.self_attn.q_proj.weight)", "not finite")
-    stored({first: torch.ones(RANK, 48, dtype=torch.int8)})
-    refused(folder, "1 (layers.0.self_attn.q_proj.weight)", "not finite")
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        stored({first: torch.ones(RANK, 48).to(dtype)})
+        refused(folder, "1 (layers.0.self_attn.q_proj.weight)", "not finite")
     stored({first: torch.full((RANK, 48), 1e38)})
     refused(folder, "layers.0.self_attn.q_proj.weight too large for torch.float32")
     stored({first.replace(".weight", ".default.weight"): adapters[first].clone()})

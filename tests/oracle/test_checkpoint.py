@@ -1,8 +1,9 @@
 """What transformers saves is read here and gives the same numbers: CLIP, LLaMA, and every layout of a LLaVA. Sizes are
-drawn at random with a fixed seed, no two of a model alike, so that none can stand in for another."""
+drawn at random with a fixed seed, no two of a part alike, so that none can stand in for another."""
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,19 @@ every_size = pytest.mark.parametrize("seed", range(4))
 
 
 def sizes(seed: int) -> tuple[dict, dict]:
-    """Of a tower and of a decoder. Heads are 6 to 12 wide in the one, 8 to 16 in the other."""
-    rng = random.Random(seed)
-    heads, key_heads = rng.choice(((4, 2), (6, 3), (9, 3), (5, 1), (7, 7)))
+    """Of a tower and of a decoder. Heads are 6 to 12 wide in the one, 8 to 16 in the other; seed 3 has as many key
+    heads as heads, as Vicuna."""
+    for attempt in range(100):
+        vision, text = draw_sizes(random.Random(seed + 1000 * attempt), seed == 3)
+        numbers = list(vision.values()), [v for v in text.values() if type(v) is int]
+        doubles = [len(part) - len(set(part)) for part in numbers]
+        if doubles == [0, int(seed == 3)]:  # heads and key heads
+            return vision, text | {"tie_word_embeddings": seed % 2 == 1}
+    raise AssertionError("no sizes that differ")
+
+
+def draw_sizes(rng: random.Random, vicuna: bool) -> tuple[dict, dict]:
+    heads, key_heads = (7, 7) if vicuna else rng.choice(((4, 2), (6, 3), (9, 3), (5, 1)))
     patch, across = rng.choice(((4, 3), (6, 4), (7, 3), (8, 2)))
     tower_heads = rng.choice((2, 3, 5))
     vision = {
@@ -35,7 +46,7 @@ def sizes(seed: int) -> tuple[dict, dict]:
         "vocab_size": rng.randrange(70, 100), "hidden_size": heads * rng.choice((8, 10, 16)),
         "num_attention_heads": heads, "num_key_value_heads": key_heads, "num_hidden_layers": rng.choice((2, 3)),
         "intermediate_size": rng.randrange(101, 140), "rms_norm_eps": rng.choice((1e-5, 1e-6)),
-        "max_position_embeddings": 99, "tie_word_embeddings": seed % 2 == 1,
+        "max_position_embeddings": 199,
         "rope_parameters": {"rope_theta": rng.choice((500.0, 10_000.0, 500_000.0)), "rope_type": "default"},
     }  # fmt: skip
     return vision, text
@@ -209,6 +220,39 @@ def test_a_head_is_tied_where_either_level_of_the_config_says_so(above, inside, 
         assert error(load(tmp_path)(ids), theirs(input_ids=ids).logits) < TOLERANCE
 
 
+def test_the_padded_vocabulary_of_llava_hf_is_cut_to_its_tokenizer(tmp_path, tiny_tokenizer_file):
+    """As in the official downloads: <image> right behind the pieces, rows up to a multiple of 64, no word of how many
+    there were."""
+    vision, text = sizes(0)
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision), image_token_index=400,
+        text_config=transformers.LlamaConfig(**text | {"vocab_size": 448}),
+    )  # fmt: skip
+    theirs = drawn(transformers.LlavaForConditionalGeneration(config))
+    theirs.save_pretrained(tmp_path)
+    shutil.copy(tiny_tokenizer_file, tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text('{"<image>": 400, "<pad>": 401}')
+    ours, ids = load(tmp_path), torch.tensor([[1, 5, 6, 7]])
+    assert (ours.config.language.vocab_size, ours.tokenizer.added) == (400, {})
+    with torch.no_grad():
+        assert error(ours(ids), theirs(input_ids=ids).logits[..., :400]) < TOLERANCE
+
+
+def test_padding_and_positions_come_from_the_files_of_llava_hf(tmp_path):
+    small(tmp_path)
+    assert load(tmp_path).config.max_length == 199  # transformers cuts nothing
+    for pads, aspect in ((True, "pad"), (False, "crop"), (None, "crop")):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_pad": pads}))
+        assert load(tmp_path).config.image_aspect_ratio == aspect
+
+
+def test_more_rows_before_the_image_than_there_are(tmp_path):
+    config = small(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rows_before_image": 5000}))
+    with pytest.raises(Error, match="rows_before_image is 5000"):
+        load(tmp_path)
+
+
 def small(folder: Path):
     """A LLaVA that transformers saved, to be damaged."""
     vision, text = sizes(0)
@@ -237,7 +281,8 @@ def test_fields_that_a_config_leaves_out_are_those_of_its_classes(tmp_path):
     [
         ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act"),
-        ({"vision_feature_layer": [-2, -5]}, "mm_vision_select_layer"),
+        ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
+        ({"image_token_index": "a"}, "image_token_index"),
         ({"text_config": {"model_type": "mistral"}}, "text_config"),
         ({"text_config": 3}, "text_config"),
         ({"text_config": {"hidden_size": 30}}, "misshapen|another shape|multiple"),
