@@ -86,7 +86,9 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--val", type=Path, help="records for a validation loss")
     add("--val-fraction", type=float, default=0.0, help="or: this share of --data, kept out of training")
     add("--val-every", type=int, default=0, help="steps between validation losses (0: at the end)")
-    add("--projector", choices=("linear", "mlp2x_gelu"), help="the paper's (the default), or v1.5's")
+    add(
+        "--projector", choices=("linear", "mlp2x_gelu"), help="the paper's (the default), or v1.5's, as llava-hf has it"
+    )
     add("--image-aspect-ratio", choices=("crop", "pad"), help="how pictures become squares (crop)")
     add("--max-length", type=int, help="positions of a row after splicing (2048)")
     add("--lr", type=float, default=stage.lr, help=f"learning rate ({stage.lr})")

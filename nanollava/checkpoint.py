@@ -3,6 +3,13 @@
 A folder is recognised by its config.json and the names of its tensors, never by its own name; layouts.py knows the
 names. Our own folders are those of LLaVA v1.5, with the image tower's tensors and three fields ("vision_config",
 "template", "stage") added.
+
+    official v1.5       LLaMA and projector; the tower in CLIP's folder       LLAVA
+    official v0, v1     the same, one linear layer, tokens around an image    LLAVA
+    llava-hf            everything, by transformers' names                    LLAVA_HF
+    LoRA run            adapters and projector, over a base (lora.py)         PROJECTOR
+    stage 1             mm_projector.bin, over a base                         PROJECTOR
+    CLIP, Vicuna        load_vision, load_language                            CLIP, LLAMA
 """
 
 import shutil
@@ -105,7 +112,7 @@ def _load_over_base(
     marks = _trained_marks(projector) if config.get("mm_use_im_start_end") else None
     sizes = fields.language_config(config, folder / "config.json")
     for name, here in vars(sizes).items():  # said before gigabytes are read
-        more = (2, 3) if name == "vocab_size" and marks is not None else (0,)
+        more = (2, 3) if name == "vocab_size" and marks is not None else (0,)  # <im_patch> may be the third
         if (there := getattr(known, name)) != here and name != "max_position_embeddings" and here - there not in more:
             raise Error(f"{base}: {name} is {there}, but {folder} was trained over one with {here}; give its base")
     tower = start.vision if start else None

@@ -2,10 +2,11 @@
 
 What can be done to checkpoint folders:
     to-safetensors SRC DST          the same tensors under the same names in .safetensors files, which run no code
-    apply-delta BASE DELTA DST      LLaVA v0 and v1.1 were published as differences from LLaMA or Vicuna: their sum
-    export --as llava-hf SRC DST    a LLaVA as transformers' LlavaForConditionalGeneration reads it
-    export --as llava SRC DST       a LLaVA in the official layout of v1.5, its image tower among its tensors; of a
-                                    LoRA or an mm_projector.bin a whole model
+    apply-delta BASE DELTA DST      LLaVA v0 and v1.1 were published as differences from LLaMA: their sum
+    export --as llava-hf SRC DST    a LLaVA as transformers' LlavaForConditionalGeneration reads it; its projector must
+                                    be v1.5's (mlp2x_gelu)
+    export --as llava SRC DST       a LLaVA in the official layout of v1.5, which is also ours, its image tower among
+                                    its tensors; of a LoRA or an mm_projector.bin a whole model
     make-random --like SIZE DST     a LLaVA of an official size with random weights, to try what this machine can hold
 """
 
@@ -195,7 +196,7 @@ def arguments(argv: list[str] | None) -> dict:
     export_option, random_option = add["export"], add["make-random"]
     export_option("--as", dest="kind", choices=("llava-hf", "llava"), required=True)
     half = {"dest": "dtype", "action": "store_const", "const": torch.float16}
-    export_option("--fp16", **half, help="weights in float16, as the hubs hold them")
+    export_option("--fp16", **half, help="weights in float16: half of what training stores")
     export_option("--vision", type=Path, help="the CLIP folder, for weights without an image tower")
     export_option("--base", type=Path, help="the language model that a LoRA or a projector was trained on")
     random_option("--like", choices=OFFICIAL, required=True)

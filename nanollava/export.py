@@ -11,10 +11,31 @@ from nanollava import config as fields
 from nanollava import folder as files
 from nanollava import images, layouts
 from nanollava.checkpoint import load, save, tokenizer_config
+from nanollava.conversation import TEMPLATES, get_template
 from nanollava.error import Error
 from nanollava.llava import Llava
 from nanollava.places import language_folder
 from nanollava.weights import write_named
+
+# for transformers' apply_chat_template: conversation.py's layout of Vicuna. What is shown stands in front of the words.
+CHAT_TEMPLATE = """\
+{{ %r }}
+{%%- for message in messages %%}
+{{- " %s: " if message["role"] == "user" and loop.first else "%s: " if message["role"] == "user" else " %s: " }}
+{%%- if message["content"] is string %%}
+{{- message["content"] }}
+{%%- else %%}
+{%%- for part in message["content"] if part["type"] == "image" %%}
+{{- "<image>\\n" }}
+{%%- endfor %%}
+{%%- for part in message["content"] if part["type"] == "text" %%}
+{{- part["text"] }}
+{%%- endfor %%}
+{%%- endif %%}
+{{- "</s>" if message["role"] == "assistant" }}
+{%%- endfor %%}
+{{- " %s:" if add_generation_prompt }}
+"""
 
 
 def export(
@@ -25,9 +46,10 @@ def export(
     vision: Path | None = None,
     base: Path | None = None,
 ) -> None:
-    """Write any LLaVA that ``load`` reads as ``kind``, "llava-hf" or "llava"; dtype None is that in which its weights
-    are stored, where these are several one that holds all. An image tower from another folder is rounded to it.
+    """Write any LLaVA that ``load`` reads as ``kind``, "llava-hf" or "llava".
 
+    dtype None keeps the one that its weights are stored in; where they are stored in several, it is the narrowest that
+    holds all. An image tower from another folder is rounded to it.
     Raises Error as ``load`` does, and where llava-hf, which knows only v1.5, lacks what the model has: a linear
     projector, tokens around its images.
     """
@@ -37,7 +59,8 @@ def export(
         save(model, target)
         return
     if model.config.projector_type != "mlp2x_gelu":
-        raise Error(f"{source}: its projector is {model.config.projector_type}; llava-hf knows only mlp2x_gelu")
+        known = "llava-hf knows only mlp2x_gelu (train.py --projector); --as llava takes it"
+        raise Error(f"{source}: its projector is {model.config.projector_type}; {known}")
     if model.config.use_im_start_end:
         raise Error(f"{source}: its images stand between <im_start> and <im_end>, which llava-hf does not know")
     with files.atomic_folder(target) as new:
@@ -84,6 +107,10 @@ def write_llava_hf(model: Llava, folder: Path) -> None:
     if model.tokenizer:
         shutil.copyfile(model.tokenizer.file, folder / "tokenizer.model")
         settings |= tokenizer_settings(model, V)
+        template = get_template(model.config.template)
+        if template.layout is TEMPLATES["vicuna_v1"].layout:
+            words = template.system, template.user, template.user, template.assistant, template.assistant
+            (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE % words, encoding="utf-8")
     for name, content in settings.items():
         files.write_json(folder / name, content)
 

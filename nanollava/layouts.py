@@ -1,9 +1,9 @@
 """What tensors are called: in official files, and here.
 
 The modules of this repository carry the official names inside, so that a layout is no more than a table of prefixes:
-what tensors are called in the files -> what they are called here. The first that fits is how they are read, the first
-that fits backwards how they are written: a longer prefix stands before a shorter one that it begins with. None: known,
-not needed, passed over. A star: whatever stands in front. By the fifth line of LLAVA,
+what tensors are called in the files -> what they are called here. To read, take the first line whose left side begins
+the name; to write, the first whose right side does. So longer prefixes come first. None: known, not needed, passed
+over. A star: whatever stands in front. By the fifth line of LLAVA,
 
     model.layers.3.mlp.up_proj.weight  is  language.layers.3.mlp.up_proj.weight
 
@@ -57,8 +57,8 @@ PASSED_OVER = (".self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "e
 
 
 def ours(name: str, layout: Layout) -> str | None:
-    """What a tensor of a file is called here; None where it is passed over. Unknown names get a question mark, so that
-    they are nobody's."""
+    """What a tensor of a file is called here; None where it is passed over. Unknown names become "? name", which no
+    parameter is called, so that they are reported."""
     if name.endswith(PASSED_OVER):
         return None
     for theirs, mine in layout:

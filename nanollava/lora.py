@@ -13,7 +13,7 @@ from nanollava.layouts import LLAMA, ours
 from nanollava.llama import Llama
 from nanollava.weights import finite, usable
 
-# what would change the sum, and is not implemented: the values that do not
+# options of PEFT that are not implemented, each with the value that leaves W + (lora_alpha / r) B A as it is
 PLAIN = {
     "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
     "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "layer_replication": None,
@@ -55,7 +55,7 @@ def merge(language: Llama, folder: Path) -> None:
 
 
 def is_target(name: str, config: dict) -> bool:
-    """Whether a list of target_modules, all layers' where no others are chosen, has the module of a weight."""
+    """Whether target_modules names a weight's module; where it chooses layers or leaves modules out, none is checked."""
     targets, module = config.get("target_modules"), name.removesuffix(".weight")
     chosen = any(config.get(choice) is not None for choice in ("layers_to_transform", "exclude_modules"))
     if not isinstance(targets, list) or chosen or not name.endswith(".weight"):

@@ -9,7 +9,7 @@ from nanollava.error import Error
 
 def language_folder(folder: Path, base: str | Path | None = None) -> Path:
     """Where the language model's weights are: in the folder itself, or, where it holds no more than was trained, in its
-    base. Raises Error where that is not found, and for a base that nobody asked for."""
+    base. Raises Error where that is not found, and for a base given to a folder that holds a whole model."""
     adapter = folder / "adapter_config.json"
     whole = any(folder.glob("pytorch_model*")) or any(folder.glob("model*.safetensors*"))
     if whole or not (adapter.is_file() or (folder / "mm_projector.bin").is_file()):
@@ -52,6 +52,6 @@ def _beside(folder: Path, name: object) -> Path | None:
 
 
 def _fetch(name: object, target: Path | None, files: str = "") -> str:
-    """How to fetch a repository, where a name may be one: no path of the machine that trained."""
+    """The download command, where the name looks like owner/repository and not like a path."""
     repository = isinstance(name, str) and name.count("/") == 1 and name[0] not in "./~"
     return f" or fetch it: hf download {name} {files}--local-dir {target}" if repository and target else ""

@@ -54,6 +54,19 @@ def test_its_processor_gives_our_ids_and_pixels_and_it_answers_as_we_do(exported
     assert processor.decode(answer, skip_special_tokens=True).strip() == model.answer(image, QUESTION)
 
 
+def test_its_chat_template_writes_our_prompts(exported):
+    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with it: pip install .[oracle]")
+    processor = transformers.AutoProcessor.from_pretrained(exported)
+    question = {"role": "user", "content": f"<image>\n{QUESTION}"}
+    turns = [question, {"role": "assistant", "content": "Red."}, {"role": "user", "content": "Why?"}]
+    in_parts = [{"role": "user", "content": [{"type": "text", "text": QUESTION}, {"type": "image"}]}]
+    for messages, ours in ((turns[:1], turns[:1]), (turns, turns), (in_parts, turns[:1])):
+        theirs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert theirs == render(ours, "vicuna_v1")
+    told = processor.apply_chat_template(turns[:2], tokenize=False)
+    assert told == render(turns[:2], "vicuna_v1")
+
+
 def test_a_padded_model_is_exported_with_its_padding(tmp_path):
     pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with it: pip install .[oracle]")
     model, picture = nanollava.load(MINIATURE), Image.effect_noise((90, 60), 99).convert("RGB")
