@@ -55,7 +55,7 @@ def merge(language: Llama, folder: Path) -> None:
 
 
 def is_target(name: str, config: dict) -> bool:
-    """Whether target_modules names a weight's module; where it chooses layers or leaves modules out, none is checked."""
+    """Whether target_modules names a weight's module; where it chooses layers or excludes modules, none is checked."""
     targets, module = config.get("target_modules"), name.removesuffix(".weight")
     chosen = any(config.get(choice) is not None for choice in ("layers_to_transform", "exclude_modules"))
     if not isinstance(targets, list) or chosen or not name.endswith(".weight"):
