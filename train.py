@@ -106,6 +106,7 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--compile", action="store_true", help="torch.compile the language model")
+    add("--recompute", action="store_true", help="save memory: compute each block again in backward")
     add("--skip-bad", action="store_true", help="leave bad records out, write their list to OUT.bad.txt")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.set_defaults(run=lambda args: run_stage(args, stage))

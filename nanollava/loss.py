@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# positions whose logits exist at a time: (512, 32000) in float32 are 66 MB. Fewer are slower (each chunk reads and writes
-# the head's gradient once), more are hardly faster
+# positions whose logits exist at a time: (512, 32000) in float32 are 66 MB. Fewer are slower, for each chunk reads and
+# writes the head's gradient once; more are hardly faster
 ROWS = 512
 
 

@@ -32,7 +32,7 @@ from nanollava.llama import Llama, LlamaConfig
 from nanollava.llava import Llava
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
 from nanollava.tokenizer import load_tokenizer
-from nanollava.train import loop, resume
+from nanollava.train import blocks, loop, resume
 from nanollava.train.data import Dataset
 from nanollava.train.loop import draw_batches
 from nanollava.train.machine import share_cores
@@ -877,6 +877,17 @@ def test_compiling_the_blocks_changes_no_loss(trainer, talks, aligned, tmp_path,
     for out, more in (("plain", ()), ("compiled", ("--compile",))):
         assert trainer.stage(2, talks, tmp_path / out, *words, *more) == 0
     assert len(blocks) == 2 and metrics(tmp_path / "plain", "loss") == metrics(tmp_path / "compiled", "loss")
+
+
+def test_recomputing_the_blocks_changes_no_loss(trainer, talks, aligned, cut, undisturbed, tmp_path, monkeypatch):
+    """Nor does it when a run that was begun without goes on with it."""
+    calls, checkpoint = [], blocks.checkpoint
+    monkeypatch.setattr(blocks, "checkpoint", lambda *args, **how: calls.append(how) or checkpoint(*args, **how))
+    assert trainer.stage(2, talks, tmp_path / "out", "--model", aligned, *STAGE_2, "--recompute") == 0
+    assert same_result(tmp_path / "out", undisturbed)
+    assert calls == [{"use_reentrant": False}] * 18  # 2 blocks, 9 steps
+    assert trainer.stage(2, talks, cut, "--model", aligned, *STAGE_2, "--recompute", "--resume") == 0
+    assert same_result(cut, undisturbed)
 
 
 def test_training_on_a_cpu_computes_in_float32(trainer, talks, aligned, tmp_path, monkeypatch):

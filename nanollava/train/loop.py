@@ -17,6 +17,7 @@ from torch import nn
 from nanollava.conversation import IGNORE
 from nanollava.error import Error
 from nanollava.llava import Batch, Llava
+from nanollava.train.blocks import prepare_blocks
 from nanollava.train.data import Dataset
 from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_memory, peak_memory, share_cores
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
@@ -43,6 +44,7 @@ class Options:
     save_every: int = 0  # steps between checkpoints; 0: only at the end
     log_every: int = 10
     compile: bool = False
+    recompute: bool = False  # activations of the decoder's blocks, in backward, in place of keeping them
 
 
 def train(
@@ -74,9 +76,7 @@ class Run:
             restore(self)
         print(parameter_table(self.model), flush=True)
         keep_freed_memory()
-        if self.options.compile and can_compile(self.on_cuda):
-            for block in self.model.language.layers:  # one compilation serves all: the blocks differ in weights alone
-                block.compile(dynamic=True)
+        prepare_blocks(self.model.language, self.options.recompute, self.options.compile and can_compile(self.on_cuda))
         with share_cores(self.parallel) as self.pool, deferred_interrupt() as interrupted:
             self.loop(interrupted)
             if not self.targets:
