@@ -27,7 +27,7 @@ from nanollava.train.data import Dataset
 from nanollava.train.loop import Options, train
 from nanollava.train.records import Example, Report, group_by_image, hold_out, read_records
 from nanollava.train.resume import check_out, progress
-from nanollava.train.stages import STAGES, Stage
+from nanollava.train.stages import STAGES, Stage, precision
 from nanollava.weights import check_device
 
 ABOVE_0 = ("max_length", "lr", "projector_lr", "clip", "batch_size", "epochs", "steps", "log_every", "parallel")
@@ -93,7 +93,7 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--max-length", type=int, help="positions of a row after splicing (2048)")
     add("--lr", type=float, default=stage.lr, help=f"learning rate ({stage.lr})")
     add("--projector-lr", type=float, help="learning rate of the projector, where it differs")
-    add("--optimizer", choices=("adamw", "muon"), default="adamw")
+    add("--optimizer", choices=("adamw", "light", "muon"), default="adamw", help="light: in less memory")
     add("--weight-decay", type=float, default=0.0)
     add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises (0.03)")
     add("--clip", type=float, default=1.0, help="largest gradient norm (1.0)")
@@ -108,6 +108,7 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--compile", action="store_true", help="torch.compile the language model")
+    add("--recompute", action="store_true", help="save memory: compute each block again in backward")
     add("--skip-bad", action="store_true", help="leave bad records out, write their list to OUT.bad.txt")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.set_defaults(run=lambda args: run_stage(args, stage))
@@ -119,7 +120,7 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     check_device(args.device)
     check_out(args.out, args.resume)
     torch.manual_seed(args.seed)
-    model = build_model(args)
+    model = build_model(args, stage)
     if model.tokenizer is None:
         raise Error(f"{args.model}: no tokenizer.model in it; training needs one")
     groups, val = read_data(args, model, stage)
@@ -152,21 +153,24 @@ def check_numbers(args: argparse.Namespace) -> None:
                 raise Error(f"--{name.replace('_', '-')} is {value}: it must be {expected}")
     if args.val and args.val_fraction:
         raise Error("--val and --val-fraction: give one of them, not both")
+    if args.optimizer == "light" and args.parallel > 1:
+        raise Error("--optimizer light and --parallel: one updates inside backward, the other behind it; leave one out")
 
 
-def build_model(args: argparse.Namespace) -> Llava:
+def build_model(args: argparse.Namespace, stage: Stage) -> Llava:
     """The model to start from: a LLaVA folder, or a new projector between a CLIP and a Vicuna."""
+    dtypes = {part: precision(part, stage, args.optimizer, args.device) for part in ("vision", "language")}
     if start := getattr(args, "model", None):
         if args.projector or args.language:
             raise Error("--projector and --language belong to a new model: --model has its own; leave them out")
-        model = load(start, args.device, torch.float32, vision=args.vision)
+        model = load(start, args.device, dtypes["language"], vision=args.vision)
         model.config.max_length = args.max_length or model.config.max_length
         model.config.image_aspect_ratio = args.image_aspect_ratio or model.config.image_aspect_ratio
         return model
     if not args.vision or not args.language:
         raise Error("give --vision and --language folders" + (", or --model" if hasattr(args, "model") else ""))
-    vision = load_vision(args.vision, args.device, torch.float32)
-    language = load_language(args.language, args.device, torch.float32)
+    vision = load_vision(args.vision, args.device, dtypes["vision"])
+    language = load_language(args.language, args.device, dtypes["language"])
     config = LlavaConfig(
         vision.config,
         language.config,
@@ -202,7 +206,7 @@ def patch_features(model: Llava, data: Dataset, images: int = 256) -> torch.Tens
     pixels = [p for p in map(data.load, names[:: -(-len(names) // images) or 1]) if p is not None]
     if not pixels:
         raise Error("--whiten: no image to learn the features' spread from; leave it out")
-    batches = torch.stack(pixels).to(model.device).split(64)
+    batches = torch.stack(pixels).to(model.vision.pre_layrnorm.weight).split(64)  # its device and dtype
     return torch.cat([model.vision(batch, model.config.select_layer).flatten(0, 1) for batch in batches])
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from nanollava.attention import Mask
 from nanollava.conversation import IGNORE
 from nanollava.error import Error
 from nanollava.llama import Llama, LlamaConfig
+from nanollava.loss import summed_cross_entropy
 from nanollava.projector import make_projector
 from nanollava.tokenizer import IMAGE_TOKEN_ID, Tokenizer
 from nanollava.vit import VisionConfig, VisionTransformer
@@ -175,5 +175,4 @@ class Llava(nn.Module):
         hidden = self.language.hidden(x, batch.positions, mask)
         targets = batch.labels[:, 1:]  # what stands at t + 1 is predicted at t
         counted = targets != IGNORE  # logits take V numbers a position: only where they are needed
-        logits = self.language.lm_head(hidden[:, :-1][counted]).float()
-        return F.cross_entropy(logits, targets[counted], reduction="sum")
+        return summed_cross_entropy(hidden[:, :-1][counted], self.language.lm_head.weight, targets[counted])

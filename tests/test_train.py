@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
@@ -32,11 +33,12 @@ from nanollava.llama import Llama, LlamaConfig
 from nanollava.llava import Llava
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
 from nanollava.tokenizer import load_tokenizer
-from nanollava.train import loop, resume
+from nanollava.train import blocks, loop, resume
 from nanollava.train.data import Dataset
 from nanollava.train.loop import draw_batches
 from nanollava.train.machine import share_cores
 from nanollava.train.records import Example
+from nanollava.train.stages import PARTS, STAGES, precision
 
 N = 4  # patches of an image
 
@@ -834,12 +836,80 @@ def test_a_device_that_is_not_there_is_one_line(device, trainer, captions, tmp_p
     assert f"device {device}: not to be used here" in refused(capsys, status)
 
 
+# ---------------------------------------------------------------- in less memory
+
+
+LIGHT = ("--optimizer", "light", "--steps", 9, "--batch-size", 2, "--save-every", 3, "--lr", 1e-2)
+
+
+@pytest.mark.parametrize("more", [(), ("--rows-at-once", 1, "--max-length", 100)], ids=["at once", "micro-batches"])
+def test_a_light_run_is_kept_in_bfloat16_and_resumed_bit_for_bit(more, trainer, talks, aligned, tmp_path, monkeypatch):
+    """What is drawn for its rounding included; so is the norm that the next step is clipped by."""
+    report = loop.Run.report
+
+    def interrupted(self, *rest):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        report(self, *rest)
+
+    words = ("--model", aligned, *LIGHT, *more)
+    assert trainer.stage(2, talks, tmp_path / "whole", *words) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "report", interrupted)
+        assert trainer.stage(2, talks, tmp_path / "cut", *words) == 130
+    assert len(metrics(tmp_path / "cut")) == 3
+    assert trainer.stage(2, talks, tmp_path / "cut", *words, "--resume") == 0
+    assert same_result(tmp_path / "cut", tmp_path / "whole")
+    norms = [norm for (norm,) in metrics(tmp_path / "whole", "grad_norm")]
+    assert max(norms) > 1 and len(set(norms)) == 9  # clipping took part
+    with safe_open(tmp_path / "whole" / "model.safetensors", framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+def test_a_light_step_is_adamws_but_for_rounding(trainer, talks, aligned, tmp_path):
+    """The losses of a few steps without clipping; micro-batches whose last one may be text alone."""
+    words = ("--model", aligned, "--steps", 6, "--batch-size", 6, "--lr", 1e-3, "--clip", 1e9, "--warmup", 0)
+    for name, more in {"adamw": (), "light": ("--rows-at-once", 1, "--max-length", 150)}.items():
+        assert trainer.stage(2, talks, tmp_path / name, *words, "--optimizer", name, *more) == 0
+    exact, found = (np.array(metrics(tmp_path / name, "loss", "grad_norm")) for name in ("adamw", "light"))
+    assert exact[0, 0] - exact[-1, 0] > 0.1  # it learns
+    np.testing.assert_allclose(found[:, 0], exact[:, 0], rtol=5e-3)  # bfloat16 has 8 bits
+    np.testing.assert_allclose(found[:, 1], exact[:, 1], rtol=5e-2)
+
+
+def test_stage_1_takes_the_light_optimizer_too(trainer, captions, tmp_path):
+    words = ("--steps", 30, "--batch-size", 2, "--optimizer", "light", "--whiten", "--recompute", "--lr", 1e-2)
+    assert trainer.stage(1, captions, tmp_path / "out", *words) == 0
+    losses = [loss for (loss,) in metrics(tmp_path / "out", "loss")]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+def test_what_does_not_go_with_the_light_optimizer_is_one_line(trainer, captions, tmp_path, capsys):
+    words = ("--optimizer", "light", "--parallel", 2)
+    line = refused(capsys, trainer.stage(2, captions, tmp_path / "out", *words), "--optimizer light", "--parallel")
+    assert "leave one out" in line
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "device", "expected"),
+    [
+        ("adamw", "cpu", {"vision": torch.float32, "projector": torch.float32, "language": torch.float32}),
+        ("adamw", "cuda:0", {"vision": torch.bfloat16, "projector": torch.float32, "language": torch.bfloat16}),
+        ("light", "cpu", {"vision": torch.bfloat16, "projector": torch.bfloat16, "language": torch.bfloat16}),
+    ],
+)
+def test_what_is_only_read_on_cuda_is_kept_in_bfloat16(optimizer, device, expected):
+    """Stage 1, which trains the projector alone."""
+    assert {part: precision(part, STAGES["stage1"], optimizer, device) for part in PARTS} == expected
+
+
 # ---------------------------------------------------------------- numbers that run away
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("optimizer", ["muon", "light"])
 def test_a_loss_or_gradient_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(
-    what, trainer, talks, aligned, tmp_path, monkeypatch, capsys
+    optimizer, what, trainer, talks, aligned, tmp_path, monkeypatch, capsys
 ):
     loss, calls = Llava.loss, []
 
@@ -851,7 +921,7 @@ def test_a_loss_or_gradient_that_is_no_number_ends_the_run_and_keeps_the_last_ch
         return value * math.nan if what == "loss" else value + (value - value.detach()).sqrt()  # slope infinite at 0
 
     monkeypatch.setattr(Llava, "loss", runs_away)
-    status = trainer.stage(2, talks, tmp_path / "out", "--model", aligned, *STAGE_2)
+    status = trainer.stage(2, talks, tmp_path / "out", "--model", aligned, *STAGE_2, "--optimizer", optimizer)
     line = refused(capsys, status, f"step 5: the {what}")
     assert "--lr" in line
     assert len(metrics(tmp_path / "out")) == 3
@@ -877,6 +947,17 @@ def test_compiling_the_blocks_changes_no_loss(trainer, talks, aligned, tmp_path,
     for out, more in (("plain", ()), ("compiled", ("--compile",))):
         assert trainer.stage(2, talks, tmp_path / out, *words, *more) == 0
     assert len(blocks) == 2 and metrics(tmp_path / "plain", "loss") == metrics(tmp_path / "compiled", "loss")
+
+
+def test_recomputing_the_blocks_changes_no_loss(trainer, talks, aligned, cut, undisturbed, tmp_path, monkeypatch):
+    """Nor does it when a run that was begun without goes on with it."""
+    calls, checkpoint = [], blocks.checkpoint
+    monkeypatch.setattr(blocks, "checkpoint", lambda *args, **how: calls.append(how) or checkpoint(*args, **how))
+    assert trainer.stage(2, talks, tmp_path / "out", "--model", aligned, *STAGE_2, "--recompute") == 0
+    assert same_result(tmp_path / "out", undisturbed)
+    assert calls == [{"use_reentrant": False}] * 18  # 2 blocks, 9 steps
+    assert trainer.stage(2, talks, cut, "--model", aligned, *STAGE_2, "--recompute", "--resume") == 0
+    assert same_result(cut, undisturbed)
 
 
 def test_training_on_a_cpu_computes_in_float32(trainer, talks, aligned, tmp_path, monkeypatch):

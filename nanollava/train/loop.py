@@ -17,11 +17,12 @@ from torch import nn
 from nanollava.conversation import IGNORE
 from nanollava.error import Error
 from nanollava.llava import Batch, Llava
+from nanollava.train.blocks import prepare_blocks
 from nanollava.train.data import Dataset
 from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_memory, peak_memory, share_cores
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
 from nanollava.train.resume import check_out, restore, save
-from nanollava.train.stages import STAGES, Stage, freeze, parameter_table
+from nanollava.train.stages import STAGES, Stage, freeze, parameter_table, set_precision
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Options:
     save_every: int = 0  # steps between checkpoints; 0: only at the end
     log_every: int = 10
     compile: bool = False
+    recompute: bool = False  # activations of the decoder's blocks, in backward, in place of keeping them
 
 
 def train(
@@ -59,13 +61,15 @@ class Run:
     def __init__(self, model: Llava, stage: Stage, data: Dataset, val: Dataset | None, out: Path, options: Options):
         self.model, self.stage, self.data, self.val, self.out, self.options = model, stage, data, val, out, options
         freeze(model, stage)
+        set_precision(model, stage, options.optimizer)
         model.config.stage = stage.name if stage.name in STAGES else ""
         model.config.template = stage.template
         self.on_cuda = model.device.type == "cuda"
         self.parallel = options.parallel if model.device.type == "cpu" else 1
         self.rates = {"projector": options.projector_lr or options.lr, "language": options.lr}
         parts = [(getattr(model, part), self.rates[part]) for part in stage.trained]
-        self.optimizers = make_optimizers(parts, options.optimizer, options.weight_decay)
+        self.optimizers = make_optimizers(parts, options.optimizer, options.weight_decay, options.clip, options.seed)
+        self.light = self.optimizers[0] if options.optimizer == "light" else None  # updates inside backward
         self.step, self.metrics = 0, []
         self.tokens, self.targets, self.waited, self.started, self.first = 0, 0, 0.0, time.perf_counter(), 0
 
@@ -74,9 +78,10 @@ class Run:
             restore(self)
         print(parameter_table(self.model), flush=True)
         keep_freed_memory()
-        if self.options.compile and can_compile(self.on_cuda):
-            for block in self.model.language.layers:  # one compilation serves all: the blocks differ in weights alone
-                block.compile(dynamic=True)
+        compiling = self.options.compile and can_compile(self.on_cuda)
+        prepare_blocks(self.model.language, self.options.recompute, compiling)
+        if compiling and self.light:
+            self.light.compile()
         with share_cores(self.parallel) as self.pool, deferred_interrupt() as interrupted:
             self.loop(interrupted)
             if not self.targets:
@@ -116,14 +121,19 @@ class Run:
         if not targets:
             return {"step": self.step, "loss": None, **rates, "grad_norm": None}
         loss = self.backward(batches, targets)
-        norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.options.clip)
+        norm = self.light.finish() if self.light else self.clip()
         if not math.isfinite(loss + norm):
             what = "gradient" if math.isfinite(loss) else "loss"
             raise Error(f"step {self.step}: the {what} is not a finite number; start again with a lower --lr")
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return {"step": self.step, "loss": loss, **rates, "grad_norm": float(norm)}
+        return {"step": self.step, "loss": loss, **rates, "grad_norm": norm}
+
+    def clip(self) -> float:
+        """The norm of all gradients; where it is above --clip they are scaled down to it."""
+        gradients = [p for p in self.model.parameters() if p.grad is not None]
+        return nn.utils.clip_grad_norm_(gradients, self.options.clip).item()
 
     def backward(self, batches: list[Batch], targets: int) -> float:
         """The mean loss over all ``targets`` of the micro-batches, and its gradients."""
@@ -134,6 +144,8 @@ class Run:
         total = 0.0
         for batch in batches:
             loss = self.loss(batch) / targets
+            if self.light:
+                self.light.due = batch is batches[-1]
             loss.backward()
             total += loss.item()
         return total

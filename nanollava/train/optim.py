@@ -1,7 +1,8 @@
 """Optimizers and the learning-rate schedule.
 
-AdamW is the paper's. Muon is an option for training from nothing (the miniature's tower and language model): it takes
-the momentum of each hidden matrix to the nearest orthogonal one, so that all its directions learn at the same rate.
+AdamW is the paper's; light.py is the same in less memory. Muon is an option for training from nothing (the miniature's
+tower and language model): it takes the momentum of each hidden matrix to the nearest orthogonal one, so that all its
+directions learn at the same rate.
 """
 
 import math
@@ -9,6 +10,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+from nanollava.train.light import Light
 
 
 def warmup_cosine(step: int, steps: int, warmup: float = 0.03) -> float:
@@ -65,16 +68,22 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(
-    parts: list[tuple[nn.Module, float]], kind: str = "adamw", weight_decay: float = 0.0
+    parts: list[tuple[nn.Module, float]],
+    kind: str = "adamw",
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    seed: int = 0,
 ) -> list[torch.optim.Optimizer]:
     """Optimizers for the trainable parameters of (module, learning rate) pairs. "muon" gives the hidden matrices to
-    Muon and the rest (embeddings, head, norms, biases) to AdamW."""
+    Muon and the rest (embeddings, head, norms, biases) to AdamW. "light" (light.py) clips, and rounds by that seed."""
     matrices, rest = [], []
     for module, lr in parts:
         hidden = {id(p) for name, p in module.named_parameters() if kind == "muon" and is_hidden(name, p)}
         params = [p for p in module.parameters() if p.requires_grad]
         matrices.append({"params": [p for p in params if id(p) in hidden], "lr": lr, "full_lr": lr})
         rest.append({"params": [p for p in params if id(p) not in hidden], "lr": lr, "full_lr": lr})
+    if kind == "light":
+        return [Light(rest, clip, weight_decay, seed)]
     adamw = torch.optim.AdamW(rest, weight_decay=weight_decay, betas=(0.9, 0.999), eps=1e-8)
     return [adamw, Muon(matrices, lr=0.0, weight_decay=weight_decay)] if kind == "muon" else [adamw]
 

@@ -49,11 +49,10 @@ def save(run: "Run", final: bool = False) -> None:
 
 
 def fingerprint(run: "Run") -> dict:
-    """What must be the same for a resumed run to give the losses of an undisturbed one, but for rounding: compiling
-    and the number of parallel parts, like the machine, move the last bits."""
-    shaping = {
-        k: v for k, v in asdict(run.options).items() if not k.endswith("_every") and k not in ("compile", "parallel")
-    }
+    """What must be the same for a resumed run to give the losses of an undisturbed one, but for rounding: compiling,
+    recomputing and the number of parallel parts, like the machine, may move the last bits."""
+    free = ("compile", "recompute", "parallel")
+    shaping = {k: v for k, v in asdict(run.options).items() if not k.endswith("_every") and k not in free}
     return {
         "stage": run.stage.name,
         "config": asdict(run.model.config),

@@ -8,6 +8,7 @@ The vision tower is frozen in both.
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from nanollava.llava import Llava
@@ -35,6 +36,18 @@ def freeze(model: Llava, stage: Stage) -> None:
     """Only the parts that the stage trains keep gradients."""
     for part in PARTS:
         getattr(model, part).requires_grad_(part in stage.trained)
+
+
+def precision(part: str, stage: Stage, optimizer: str, device: str | torch.device) -> torch.dtype:
+    """What the weights of a part are kept in: bfloat16 where they are only read, on CUDA, whose products take it, and
+    everywhere for the memory-light optimizer; float32 otherwise."""
+    frozen = torch.device(device).type == "cuda" and part not in stage.trained
+    return torch.bfloat16 if frozen or optimizer == "light" else torch.float32
+
+
+def set_precision(model: Llava, stage: Stage, optimizer: str) -> None:
+    for part in PARTS:
+        getattr(model, part).to(precision(part, stage, optimizer, model.device))
 
 
 def parameter_table(model: Llava) -> str:
