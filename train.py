@@ -23,6 +23,7 @@ from nanollava.llava import Llava, LlavaConfig
 from nanollava.miniature.recipe import RECIPES, run_miniature
 from nanollava.projector import make_projector, whiten
 from nanollava.tokenizer import load_tokenizer
+from nanollava.train import lora
 from nanollava.train.data import Dataset
 from nanollava.train.loop import Options, train
 from nanollava.train.records import Example, Report, group_by_image, hold_out, read_records
@@ -32,7 +33,7 @@ from nanollava.weights import check_device
 
 ABOVE_0 = ("max_length", "lr", "projector_lr", "clip", "batch_size", "epochs", "steps", "log_every", "parallel")
 NOT_NEGATIVE = ("weight_decay", "rows_at_once", "val_every", "save_every")
-SHARES = ("val_fraction", "warmup")  # from 0 up to, not including, 1
+SHARES = ("val_fraction", "warmup", "lora_dropout")  # from 0 up to, not including, 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,8 +90,11 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--projector", choices=("linear", "mlp2x_gelu"), help="the paper's (the default), or v1.5's")
     add("--image-aspect-ratio", choices=("crop", "pad"), help="how pictures become squares (crop)")
     add("--max-length", type=int, help="positions of a row after splicing (2048)")
-    add("--lr", type=float, default=stage.lr, help=f"learning rate ({stage.lr})")
+    add("--lr", type=float, help=f"learning rate ({stage.lr}; {lora.RATE} with --lora)")
     add("--projector-lr", type=float, help="learning rate of the projector, where it differs")
+    add("--lora", type=int, nargs="?", const=lora.RANK, metavar="RANK", help="train adapters of the decoder (rank 128)")
+    add("--lora-alpha", type=float, help="adapters count alpha / rank (twice the rank)")
+    add("--lora-dropout", type=float, help=f"share of an adapter's inputs left out at random ({lora.DROPOUT})")
     add("--optimizer", choices=("adamw", "muon"), default="adamw")
     add("--weight-decay", type=float, default=0.0)
     add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises (0.03)")
@@ -114,6 +118,7 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
 def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     """One stage from files to a folder."""
     check_numbers(args)
+    settle_lora(args, stage)
     check_device(args.device)
     check_out(args.out, args.resume)
     torch.manual_seed(args.seed)
@@ -140,6 +145,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         (NOT_NEGATIVE, "0 or more", lambda x: 0 <= x < math.inf),
         (("seed",), "0 or more, and below 2^32", lambda x: 0 <= x < 2**32),
         (("lr", "projector_lr"), "below 1000", lambda x: x < 1000),
+        (("lora", "lora_alpha"), "above 0 and below a million", lambda x: 0 < x < 1e6),
         (SHARES, "at least 0 and below 1", lambda x: 0 <= x < 1),
         (("max_length", "steps", "epochs"), f"at most {LARGEST:,}", lambda x: x <= LARGEST),
     )
@@ -152,19 +158,40 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise Error("--val and --val-fraction: give one of them, not both")
 
 
+def settle_lora(args: argparse.Namespace, stage: Stage) -> None:
+    """v1.5's settings where --lora is given without them. Raises Error for options that do not go with it."""
+    args.base = (getattr(args, "model", None) or args.language or Path()).resolve().name if args.lora else ""
+    if args.lora is None:
+        if args.lora_alpha is not None or args.lora_dropout is not None:
+            raise Error("--lora-alpha and --lora-dropout are settings of adapters: give --lora too, or leave them out")
+        args.lr = args.lr or stage.lr
+        return
+    if "language" not in stage.trained:
+        raise Error(f"--lora with {stage.name}: it trains the projector alone; adapters belong to stage2, leave it out")
+    if args.optimizer == "muon":
+        raise Error("--lora with --optimizer muon: Muon is for whole matrices; leave one of them out")
+    args.lr, args.projector_lr = args.lr or lora.RATE, args.projector_lr or lora.PROJECTOR_RATE
+    args.lora_alpha = args.lora_alpha or 2 * args.lora
+    args.lora_dropout = lora.DROPOUT if args.lora_dropout is None else args.lora_dropout
+    if args.parallel > 1 and args.lora_dropout:
+        raise Error("--lora with --parallel: dropout must be drawn in order; give --lora-dropout 0, or leave one out")
+
+
 def build_model(args: argparse.Namespace) -> Llava:
     """The model to start from: a LLaVA folder, or a new projector between a CLIP and a Vicuna."""
+    # weights that do not learn may be what CUDA computes in
+    dtype = torch.bfloat16 if args.lora and torch.device(args.device).type == "cuda" else torch.float32
     if start := getattr(args, "model", None):
         if args.projector or args.language:
             raise Error("--projector and --language belong to a new model: --model has its own; leave them out")
-        model = load(start, args.device, torch.float32, vision=args.vision)
+        model = load(start, args.device, dtype, vision=args.vision)
         model.config.max_length = args.max_length or model.config.max_length
         model.config.image_aspect_ratio = args.image_aspect_ratio or model.config.image_aspect_ratio
         return model
     if not args.vision or not args.language:
         raise Error("give --vision and --language folders" + (", or --model" if hasattr(args, "model") else ""))
-    vision = load_vision(args.vision, args.device, torch.float32)
-    language = load_language(args.language, args.device, torch.float32)
+    vision = load_vision(args.vision, args.device, dtype)
+    language = load_language(args.language, args.device, dtype)
     config = LlavaConfig(
         vision.config,
         language.config,

@@ -17,6 +17,7 @@ from torch import nn
 from nanollava.conversation import IGNORE
 from nanollava.error import Error
 from nanollava.llava import Batch, Llava
+from nanollava.train import lora
 from nanollava.train.data import Dataset
 from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_memory, peak_memory, share_cores
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
@@ -43,6 +44,10 @@ class Options:
     save_every: int = 0  # steps between checkpoints; 0: only at the end
     log_every: int = 10
     compile: bool = False
+    lora: int | None = None  # rank of the adapters that are trained in place of the decoder's own weights; None: these
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
+    base: str = ""  # what the adapters' base is called
 
 
 def train(
@@ -59,6 +64,9 @@ class Run:
     def __init__(self, model: Llava, stage: Stage, data: Dataset, val: Dataset | None, out: Path, options: Options):
         self.model, self.stage, self.data, self.val, self.out, self.options = model, stage, data, val, out, options
         freeze(model, stage)
+        if options.lora:
+            lora.adapt(model, options.lora, options.lora_alpha, options.lora_dropout)
+        self.base = lora.base_checksum(model) if options.lora else ""
         model.config.stage = stage.name if stage.name in STAGES else ""
         model.config.template = stage.template
         self.on_cuda = model.device.type == "cuda"
@@ -115,6 +123,8 @@ class Run:
         targets = count_targets(batches)
         if not targets:
             return {"step": self.step, "loss": None, **rates, "grad_norm": None}
+        if self.options.lora:
+            lora.seed_dropout(self.model, self.options.seed, self.step)
         loss = self.backward(batches, targets)
         norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.options.clip)
         if not math.isfinite(loss + norm):
@@ -175,6 +185,7 @@ class Run:
     def validate(self) -> float | None:
         """Mean loss over the target tokens of the validation set; None where it has none."""
         total, targets = 0.0, 0
+        self.model.eval()
         for first in range(0, len(self.val), self.options.batch_size):
             numbers = range(first, min(first + self.options.batch_size, len(self.val)))
             batches = self.val.batches(numbers, self.options.rows_at_once, self.parallel)
