@@ -24,8 +24,11 @@ from nanollava.miniature.recipe import RECIPES, run_miniature
 from nanollava.projector import make_projector, whiten
 from nanollava.tokenizer import load_tokenizer
 from nanollava.train import lora
+from nanollava.train.budget import How, estimate, full_rows, outline, report
 from nanollava.train.data import Dataset
 from nanollava.train.loop import Options, train
+from nanollava.train.machine import memory_in_use
+from nanollava.train.probe import largest, probe
 from nanollava.train.records import Example, Report, group_by_image, hold_out, read_records
 from nanollava.train.resume import check_out, progress
 from nanollava.train.stages import STAGES, Stage
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except (KeyboardInterrupt, BrokenPipeError) as error:
-        saved = args.command != "miniature" and progress(args.out) == "begun"
+        saved = args.command != "miniature" and not args.dry_run and progress(args.out) == "begun"
         again = "the same command and --resume" if saved else "the same command"
         print(f"\ninterrupted: go on with {again}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
@@ -81,9 +84,9 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
         add("--whiten", action="store_true", help="start the projector on whitened features: for small models")
     add("--vision", type=Path, help="CLIP folder")
     add("--language", type=Path, help="Vicuna folder")
-    add("--data", type=Path, required=True, help="records: a JSON array in the official format")
+    add("--data", type=Path, help="records: a JSON array in the official format")
     add("--images", type=Path, help="folder that the records' image names start from")
-    add("--out", type=Path, required=True, help="folder for the result")
+    add("--out", type=Path, help="folder for the result")
     add("--val", type=Path, help="records for a validation loss")
     add("--val-fraction", type=float, default=0.0, help="or: this share of --data, kept out of training")
     add("--val-every", type=int, default=0, help="steps between validation losses (0: at the end)")
@@ -92,9 +95,7 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--max-length", type=int, help="positions of a row after splicing (2048)")
     add("--lr", type=float, help=f"learning rate ({stage.lr}; {lora.RATE} with --lora)")
     add("--projector-lr", type=float, help="learning rate of the projector, where it differs")
-    add("--lora", type=int, nargs="?", const=lora.RANK, metavar="RANK", help="train adapters of the decoder (rank 128)")
-    add("--lora-alpha", type=float, help="adapters count alpha / rank (twice the rank)")
-    add("--lora-dropout", type=float, help=f"share of an adapter's inputs left out at random ({lora.DROPOUT})")
+    add_lora(parser)
     add("--optimizer", choices=("adamw", "muon"), default="adamw")
     add("--weight-decay", type=float, default=0.0)
     add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises (0.03)")
@@ -111,8 +112,16 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--compile", action="store_true", help="torch.compile the language model")
     add("--skip-bad", action="store_true", help="leave bad records out, write their list to OUT.bad.txt")
+    add("--dry-run", action="store_true", help="tell memory and, with --data, hours after ten steps; save nothing")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.set_defaults(run=lambda args: run_stage(args, stage))
+
+
+def add_lora(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--lora", type=int, nargs="?", const=lora.RANK, metavar="RANK", help="train adapters of the decoder (rank 128)")
+    add("--lora-alpha", type=float, help="adapters count alpha / rank (twice the rank)")
+    add("--lora-dropout", type=float, help=f"share of an adapter's inputs left out at random ({lora.DROPOUT})")
 
 
 def run_stage(args: argparse.Namespace, stage: Stage) -> None:
@@ -120,9 +129,13 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     check_numbers(args)
     settle_lora(args, stage)
     check_device(args.device)
-    check_out(args.out, args.resume)
+    if not args.dry_run:
+        check_out(args.out, args.resume)
     torch.manual_seed(args.seed)
-    model = build_model(args)
+    model = build_model(args, "meta" if args.dry_run else args.device)
+    if args.dry_run and not args.data:
+        work = full_rows(model.config, args.rows_at_once or args.batch_size)
+        return print(report(model.config, stage, How.of(args, args.device), work))
     if model.tokenizer is None:
         raise Error(f"{args.model}: no tokenizer.model in it; training needs one")
     groups, val = read_data(args, model, stage)
@@ -132,10 +145,21 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     steps = args.steps or max(1, round(args.epochs * len(groups) / args.batch_size))
     options = Options(steps=steps, **{name: getattr(args, name) for name in Options.__annotations__ if name != "steps"})
     datasets = [Dataset(g, args.images, model.config) if g else None for g in (groups, val)]
+    if args.dry_run:
+        return probe_run(args, stage, datasets[0], options)
     if getattr(args, "whiten", False) and not args.resume:
         whiten(model.projector, patch_features(model, datasets[0]))
     train(model, stage, *datasets, args.out, options, args.resume)
     print(f"{stage.name} is done: talk to it with  python chat.py {args.out}")
+
+
+def probe_run(args: argparse.Namespace, stage: Stage, data: Dataset, options: Options) -> None:
+    """--dry-run with data: the budget of its rows before anything is loaded, then ten steps."""
+    how, device = How.of(args, args.device), torch.device(args.device)
+    work = largest(data, options, how.parallel)
+    print(report(data.config, stage, how, work), flush=True)
+    expected, before = estimate(outline(data.config, stage, how), how, work).peak, memory_in_use(device)
+    print(probe(build_model(args, args.device), stage, data, options, before, expected))
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -154,6 +178,9 @@ def check_numbers(args: argparse.Namespace) -> None:
             value = getattr(args, name)
             if value is not None and not good(value):
                 raise Error(f"--{name.replace('_', '-')} is {value}: it must be {expected}")
+    for name in () if args.dry_run else ("data", "out"):
+        if getattr(args, name) is None:
+            raise Error(f"give --{name}; --dry-run alone does without")
     if args.val and args.val_fraction:
         raise Error("--val and --val-fraction: give one of them, not both")
 
@@ -177,21 +204,21 @@ def settle_lora(args: argparse.Namespace, stage: Stage) -> None:
         raise Error("--lora with --parallel: dropout must be drawn in order; give --lora-dropout 0, or leave one out")
 
 
-def build_model(args: argparse.Namespace) -> Llava:
+def build_model(args: argparse.Namespace, device: str) -> Llava:
     """The model to start from: a LLaVA folder, or a new projector between a CLIP and a Vicuna."""
     # weights that do not learn may be what CUDA computes in
     dtype = torch.bfloat16 if args.lora and torch.device(args.device).type == "cuda" else torch.float32
     if start := getattr(args, "model", None):
         if args.projector or args.language:
             raise Error("--projector and --language belong to a new model: --model has its own; leave them out")
-        model = load(start, args.device, dtype, vision=args.vision)
+        model = load(start, device, dtype, vision=args.vision)
         model.config.max_length = args.max_length or model.config.max_length
         model.config.image_aspect_ratio = args.image_aspect_ratio or model.config.image_aspect_ratio
         return model
     if not args.vision or not args.language:
         raise Error("give --vision and --language folders" + (", or --model" if hasattr(args, "model") else ""))
-    vision = load_vision(args.vision, args.device, dtype)
-    language = load_language(args.language, args.device, dtype)
+    vision = load_vision(args.vision, device, dtype)
+    language = load_language(args.language, device, dtype)
     config = LlavaConfig(
         vision.config,
         language.config,
@@ -202,7 +229,7 @@ def build_model(args: argparse.Namespace) -> Llava:
     with torch.device("meta"):  # the projector alone is new
         model = Llava(config, load_tokenizer(last_good(args.language)))
     projector = make_projector(config.projector_type, vision.config.hidden_size, language.config.hidden_size)
-    model.vision, model.projector, model.language = vision, projector.to(args.device), language
+    model.vision, model.projector, model.language = vision, projector.to(device), language
     return model
 
 
@@ -256,6 +283,8 @@ def refuse_or_skip(file: Path, args: argparse.Namespace, report: Report) -> None
         print(f"  and {len(report.problems) - 20} more", file=sys.stderr)
     if not args.skip_bad:
         raise Error(f"{file}: {len(report.problems)} bad records; mend them, or leave them out with --skip-bad")
+    if args.dry_run:
+        return
     listing = args.out.with_name(args.out.name + (".val" if file == args.val else "") + ".bad.txt")
     try:
         listing.write_text("\n".join(report.problems) + "\n", encoding="utf-8", errors="backslashreplace")
