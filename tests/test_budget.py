@@ -87,6 +87,8 @@ def test_parameters_and_bytes_of_7b():
     trained = 6_738_415_616 + projector
     assert full.weights == 4 * (trained + 303_507_456)
     assert (full.gradients, full.states) == (4 * trained, 8 * trained)
+    short = estimate(outline(LLAVA_7B, STAGES["stage2"], ON_CUDA), ON_CUDA, Work(1, 64, 8, 0))
+    assert short.peak == full.weights + (8 + 4 + 4) * trained  # states, gradients, and AdamW's roots of all at once
     with_lora = replace(ON_CUDA, lora=128, dropout=0.05)
     small = estimate(outline(LLAVA_7B, STAGES["stage2"], with_lora), with_lora, ROW)
     adapters = 32 * 128 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
