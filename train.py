@@ -23,8 +23,12 @@ from nanollava.llava import Llava, LlavaConfig
 from nanollava.miniature.recipe import RECIPES, run_miniature
 from nanollava.projector import make_projector, whiten
 from nanollava.tokenizer import load_tokenizer
+from nanollava.train import lora
+from nanollava.train.budget import How, estimate, full_rows, outline, report
 from nanollava.train.data import Dataset
 from nanollava.train.loop import Options, train
+from nanollava.train.machine import memory_in_use
+from nanollava.train.probe import largest, probe
 from nanollava.train.records import Example, Report, group_by_image, hold_out, read_records
 from nanollava.train.resume import check_out, progress
 from nanollava.train.stages import STAGES, Stage, precision
@@ -32,7 +36,7 @@ from nanollava.weights import check_device
 
 ABOVE_0 = ("max_length", "lr", "projector_lr", "clip", "batch_size", "epochs", "steps", "log_every", "parallel")
 NOT_NEGATIVE = ("weight_decay", "rows_at_once", "val_every", "save_every")
-SHARES = ("val_fraction", "warmup")  # from 0 up to, not including, 1
+SHARES = ("val_fraction", "warmup", "lora_dropout")  # from 0 up to, not including, 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except (KeyboardInterrupt, BrokenPipeError) as error:
-        saved = args.command != "miniature" and progress(args.out) == "begun"
+        saved = args.command != "miniature" and not args.dry_run and progress(args.out) == "begun"
         again = "the same command and --resume" if saved else "the same command"
         print(f"\ninterrupted: go on with {again}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
@@ -80,9 +84,9 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
         add("--whiten", action="store_true", help="start the projector on whitened features: for small models")
     add("--vision", type=Path, help="CLIP folder")
     add("--language", type=Path, help="Vicuna folder")
-    add("--data", type=Path, required=True, help="records: a JSON array in the official format")
+    add("--data", type=Path, help="records: a JSON array in the official format")
     add("--images", type=Path, help="folder that the records' image names start from")
-    add("--out", type=Path, required=True, help="folder for the result")
+    add("--out", type=Path, help="folder for the result")
     add("--val", type=Path, help="records for a validation loss")
     add("--val-fraction", type=float, default=0.0, help="or: this share of --data, kept out of training")
     add("--val-every", type=int, default=0, help="steps between validation losses (0: at the end)")
@@ -91,8 +95,9 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     )
     add("--image-aspect-ratio", choices=("crop", "pad"), help="how pictures become squares (crop)")
     add("--max-length", type=int, help="positions of a row after splicing (2048)")
-    add("--lr", type=float, default=stage.lr, help=f"learning rate ({stage.lr})")
+    add("--lr", type=float, help=f"learning rate ({stage.lr}; {lora.RATE} with --lora)")
     add("--projector-lr", type=float, help="learning rate of the projector, where it differs")
+    add_lora(parser)
     add("--optimizer", choices=("adamw", "light", "muon"), default="adamw", help="light: in less memory")
     add("--weight-decay", type=float, default=0.0)
     add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises (0.03)")
@@ -110,17 +115,30 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--compile", action="store_true", help="torch.compile the language model")
     add("--recompute", action="store_true", help="save memory: compute each block again in backward")
     add("--skip-bad", action="store_true", help="leave bad records out, write their list to OUT.bad.txt")
+    add("--dry-run", action="store_true", help="tell memory and, with --data, hours after ten steps; save nothing")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.set_defaults(run=lambda args: run_stage(args, stage))
+
+
+def add_lora(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--lora", type=int, nargs="?", const=lora.RANK, metavar="RANK", help="train adapters of the decoder (rank 128)")
+    add("--lora-alpha", type=float, help="adapters count alpha / rank (twice the rank)")
+    add("--lora-dropout", type=float, help=f"share of an adapter's inputs left out at random ({lora.DROPOUT})")
 
 
 def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     """One stage from files to a folder."""
     check_numbers(args)
+    settle_lora(args, stage)
     check_device(args.device)
-    check_out(args.out, args.resume)
+    if not args.dry_run:
+        check_out(args.out, args.resume)
     torch.manual_seed(args.seed)
-    model = build_model(args, stage)
+    model = build_model(args, stage, "meta" if args.dry_run else args.device)
+    if args.dry_run and not args.data:
+        work = full_rows(model.config, args.rows_at_once or args.batch_size)
+        return print(report(model.config, stage, How.of(args, args.device), work))
     if model.tokenizer is None:
         raise Error(f"{args.model}: no tokenizer.model in it; training needs one")
     groups, val = read_data(args, model, stage)
@@ -130,10 +148,21 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     steps = args.steps or max(1, round(args.epochs * len(groups) / args.batch_size))
     options = Options(steps=steps, **{name: getattr(args, name) for name in Options.__annotations__ if name != "steps"})
     datasets = [Dataset(g, args.images, model.config) if g else None for g in (groups, val)]
+    if args.dry_run:
+        return probe_run(args, stage, datasets[0], options)
     if getattr(args, "whiten", False) and not args.resume:
         whiten(model.projector, patch_features(model, datasets[0]))
     train(model, stage, *datasets, args.out, options, args.resume)
     print(f"{stage.name} is done: talk to it with  python chat.py {args.out}")
+
+
+def probe_run(args: argparse.Namespace, stage: Stage, data: Dataset, options: Options) -> None:
+    """--dry-run with data: the budget of its rows before anything is loaded, then ten steps."""
+    how, device = How.of(args, args.device), torch.device(args.device)
+    work = largest(data, options, how.parallel)
+    print(report(data.config, stage, how, work), flush=True)
+    expected, before = estimate(outline(data.config, stage, how), how, work).peak, memory_in_use(device)
+    print(probe(build_model(args, stage, args.device), stage, data, options, before, expected))
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -143,6 +172,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         (NOT_NEGATIVE, "0 or more", lambda x: 0 <= x < math.inf),
         (("seed",), "0 or more, and below 2^32", lambda x: 0 <= x < 2**32),
         (("lr", "projector_lr"), "below 1000", lambda x: x < 1000),
+        (("lora", "lora_alpha"), "above 0 and below a million", lambda x: 0 < x < 1e6),
         (SHARES, "at least 0 and below 1", lambda x: 0 <= x < 1),
         (("max_length", "steps", "epochs"), f"at most {LARGEST:,}", lambda x: x <= LARGEST),
     )
@@ -151,26 +181,50 @@ def check_numbers(args: argparse.Namespace) -> None:
             value = getattr(args, name)
             if value is not None and not good(value):
                 raise Error(f"--{name.replace('_', '-')} is {value}: it must be {expected}")
+    for name in () if args.dry_run else ("data", "out"):
+        if getattr(args, name) is None:
+            raise Error(f"give --{name}; --dry-run alone does without")
     if args.val and args.val_fraction:
         raise Error("--val and --val-fraction: give one of them, not both")
     if args.optimizer == "light" and args.parallel > 1:
         raise Error("--optimizer light and --parallel: one updates inside backward, the other behind it; leave one out")
 
 
-def build_model(args: argparse.Namespace, stage: Stage) -> Llava:
+def settle_lora(args: argparse.Namespace, stage: Stage) -> None:
+    """v1.5's settings where --lora is given without them. Raises Error for options that do not go with it."""
+    args.base = (getattr(args, "model", None) or args.language or Path()).resolve().name if args.lora else ""
+    if args.lora is None:
+        if args.lora_alpha is not None or args.lora_dropout is not None:
+            raise Error("--lora-alpha and --lora-dropout are settings of adapters: give --lora too, or leave them out")
+        args.lr = args.lr or stage.lr
+        return
+    if "language" not in stage.trained:
+        raise Error(f"--lora with {stage.name}: it trains the projector alone; adapters belong to stage2, leave it out")
+    if args.optimizer != "adamw":
+        raise Error(f"--lora with --optimizer {args.optimizer}: that is for whole matrices; leave one of them out")
+    args.lr, args.projector_lr = args.lr or lora.RATE, args.projector_lr or lora.PROJECTOR_RATE
+    args.lora_alpha = args.lora_alpha or 2 * args.lora
+    args.lora_dropout = lora.DROPOUT if args.lora_dropout is None else args.lora_dropout
+    if args.parallel > 1 and args.lora_dropout:
+        raise Error("--lora with --parallel: dropout must be drawn in order; give --lora-dropout 0, or leave one out")
+
+
+def build_model(args: argparse.Namespace, stage: Stage, device: str) -> Llava:
     """The model to start from: a LLaVA folder, or a new projector between a CLIP and a Vicuna."""
-    dtypes = {part: precision(part, stage, args.optimizer, args.device) for part in ("vision", "language")}
+    dtypes = {
+        part: precision(part, stage, args.optimizer, args.device, bool(args.lora)) for part in ("vision", "language")
+    }
     if start := getattr(args, "model", None):
         if args.projector or args.language:
             raise Error("--projector and --language belong to a new model: --model has its own; leave them out")
-        model = load(start, args.device, dtypes["language"], vision=args.vision)
+        model = load(start, device, dtypes["language"], vision=args.vision)
         model.config.max_length = args.max_length or model.config.max_length
         model.config.image_aspect_ratio = args.image_aspect_ratio or model.config.image_aspect_ratio
         return model
     if not args.vision or not args.language:
         raise Error("give --vision and --language folders" + (", or --model" if hasattr(args, "model") else ""))
-    vision = load_vision(args.vision, args.device, dtypes["vision"])
-    language = load_language(args.language, args.device, dtypes["language"])
+    vision = load_vision(args.vision, device, dtypes["vision"])
+    language = load_language(args.language, device, dtypes["language"])
     config = LlavaConfig(
         vision.config,
         language.config,
@@ -181,7 +235,7 @@ def build_model(args: argparse.Namespace, stage: Stage) -> Llava:
     with torch.device("meta"):  # the projector alone is new
         model = Llava(config, load_tokenizer(last_good(args.language)))
     projector = make_projector(config.projector_type, vision.config.hidden_size, language.config.hidden_size)
-    model.vision, model.projector, model.language = vision, projector.to(args.device), language
+    model.vision, model.projector, model.language = vision, projector.to(device), language
     return model
 
 
@@ -235,6 +289,8 @@ def refuse_or_skip(file: Path, args: argparse.Namespace, report: Report) -> None
         print(f"  and {len(report.problems) - 20} more", file=sys.stderr)
     if not args.skip_bad:
         raise Error(f"{file}: {len(report.problems)} bad records; mend them, or leave them out with --skip-bad")
+    if args.dry_run:
+        return
     listing = args.out.with_name(args.out.name + (".val" if file == args.val else "") + ".bad.txt")
     try:
         listing.write_text("\n".join(report.problems) + "\n", encoding="utf-8", errors="backslashreplace")

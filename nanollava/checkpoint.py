@@ -43,6 +43,7 @@ def load(
     """A LLaVA in eval mode: an official folder (v0 to v1.5), one that transformers wrote (llava-hf), one of our own, or
     what an official run trained over a base: a LoRA, or stage 1's mm_projector.bin.
 
+    device: "meta" gives the sizes and the tokenizer: names and shapes of the weights are checked, none is read.
     dtype: of all weights; None is bfloat16 on CUDA and float32 elsewhere.
     vision: a CLIP folder, for weights without an image tower; others refuse it. None: the folder's subfolder
     vision_tower/, or the folder beside it that is named like the last part of `mm_vision_tower`.
@@ -127,10 +128,10 @@ def _load_over_base(
     if model.tokenizer is None:
         model.tokenizer = start.tokenizer if start else _tokenizer(base, known.vocab_size)
     _learn_marks(model, marks, sizes.vocab_size)
-    if adapted:
+    if adapted and str(device) != "meta":
         lora.merge(model.language, folder)
         _settle_template(model, config)
-    else:
+    elif not adapted:
         model.config.stage, model.config.template = "stage1", config.get("template") or "plain"
     return model
 

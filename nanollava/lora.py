@@ -47,11 +47,15 @@ def merge(language: Llama, folder: Path) -> None:
     if unfit := [name for name, pair in halves.items() if not match(pair, weights.get(name), rank)]:
         raise Error(f"{folder}: {some(unfit)} adapters are not finite, or do not fit the base; is it right?")
     for name, pair in halves.items():
-        weight = weights[name]
-        update = pair["B"].float() @ pair["A"].float() * (alpha / rank)
-        weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
-        if not finite(weight):
-            raise Error(f"{folder}: its adapters make {name} too large for {weight.dtype}; try a wider dtype")
+        if not add_product(weights[name], pair["A"], pair["B"], alpha / rank):
+            raise Error(f"{folder}: its adapters make {name} too large for {weights[name].dtype}; try a wider dtype")
+
+
+def add_product(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> bool:
+    """weight (out, in) += scale B A, in place, summed in float32; whether the dtype holds the sum."""
+    update = B.float() @ A.float() * scale
+    weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
+    return finite(weight)
 
 
 def is_target(name: str, config: dict) -> bool:

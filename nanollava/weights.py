@@ -43,9 +43,13 @@ def check_device(device: Device) -> None:
 def fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype: Dtype) -> None:
     """Give every parameter that is still on the meta device its tensor from the folder, or the one file, on ``device``.
 
-    dtype: what they become; None is bfloat16 on CUDA and float32 elsewhere. Raises Error for a device or a dtype that
-    cannot be, for tensors missing, not expected or of another shape, and for such as hold no numbers.
+    dtype: what they become; None is bfloat16 on CUDA and float32 elsewhere. On the device "meta" names and shapes are
+    checked and nothing is read. Raises Error for a device or a dtype that cannot be, for tensors missing, not expected
+    or of another shape, and for such as hold no numbers.
     """
+    if str(device) == "meta":
+        _match(module, folder, layout)
+        return
     check_device(device)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:

@@ -17,6 +17,7 @@ from torch import nn
 from nanollava.conversation import IGNORE
 from nanollava.error import Error
 from nanollava.llava import Batch, Llava
+from nanollava.train import lora
 from nanollava.train.blocks import prepare_blocks
 from nanollava.train.data import Dataset
 from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_memory, peak_memory, share_cores
@@ -45,6 +46,10 @@ class Options:
     log_every: int = 10
     compile: bool = False
     recompute: bool = False  # activations of the decoder's blocks, in backward, in place of keeping them
+    lora: int | None = None  # rank of the adapters that are trained in place of the decoder's own weights; None: these
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
+    base: str = ""  # what the adapters' base is called
 
 
 def train(
@@ -61,7 +66,10 @@ class Run:
     def __init__(self, model: Llava, stage: Stage, data: Dataset, val: Dataset | None, out: Path, options: Options):
         self.model, self.stage, self.data, self.val, self.out, self.options = model, stage, data, val, out, options
         freeze(model, stage)
-        set_precision(model, stage, options.optimizer)
+        set_precision(model, stage, options.optimizer, bool(options.lora))
+        if options.lora:
+            lora.adapt(model, options.lora, options.lora_alpha, options.lora_dropout)
+        self.base = lora.base_checksum(model) if options.lora else ""
         model.config.stage = stage.name if stage.name in STAGES else ""
         model.config.template = stage.template
         self.on_cuda = model.device.type == "cuda"
@@ -77,11 +85,7 @@ class Run:
         if resume:
             restore(self)
         print(parameter_table(self.model), flush=True)
-        keep_freed_memory()
-        compiling = self.options.compile and can_compile(self.on_cuda)
-        prepare_blocks(self.model.language, self.options.recompute, compiling)
-        if compiling and self.light:
-            self.light.compile()
+        self.prepare()
         with share_cores(self.parallel) as self.pool, deferred_interrupt() as interrupted:
             self.loop(interrupted)
             if not self.targets:
@@ -90,6 +94,14 @@ class Run:
             save(self, final=True)
         for damage in filter(None, (data.damage() for data in (self.data, self.val) if data)):
             print(damage, flush=True)
+
+    def prepare(self) -> None:
+        """What makes the steps that follow faster."""
+        keep_freed_memory()
+        compiling = self.options.compile and can_compile(self.on_cuda)
+        prepare_blocks(self.model.language, self.options.recompute, compiling)
+        if compiling and self.light:
+            self.light.compile()
 
     def loop(self, interrupted: Callable[[], bool]) -> None:
         self.first, self.started = self.step, time.perf_counter()
@@ -120,6 +132,8 @@ class Run:
         targets = count_targets(batches)
         if not targets:
             return {"step": self.step, "loss": None, **rates, "grad_norm": None}
+        if self.options.lora:
+            lora.seed_dropout(self.model, self.options.seed, self.step)
         loss = self.backward(batches, targets)
         norm = self.light.finish() if self.light else self.clip()
         if not math.isfinite(loss + norm):
@@ -187,6 +201,7 @@ class Run:
     def validate(self) -> float | None:
         """Mean loss over the target tokens of the validation set; None where it has none."""
         total, targets = 0.0, 0
+        self.model.eval()
         for first in range(0, len(self.val), self.options.batch_size):
             numbers = range(first, min(first + self.options.batch_size, len(self.val)))
             batches = self.val.batches(numbers, self.options.rows_at_once, self.parallel)

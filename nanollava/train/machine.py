@@ -24,8 +24,16 @@ def peak_memory(device: torch.device) -> float:
     """Largest memory taken so far on a GPU, or by this process, in GB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def memory_in_use(device: torch.device) -> float:
+    """Memory taken now, on a GPU by tensors, otherwise by this process, in GB."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 1e9
+    statm = Path("/proc/self/statm")  # where there is none, the largest so far is the best that is known
+    return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e9 if statm.exists() else peak_memory(device)
 
 
 def can_compile(on_cuda: bool) -> bool:

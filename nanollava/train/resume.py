@@ -12,6 +12,7 @@ import torch
 from nanollava.checkpoint import load, write
 from nanollava.error import Error, first_line
 from nanollava.folder import atomic_folder, check_writable, last_good, read_json
+from nanollava.train import lora
 
 if TYPE_CHECKING:
     from nanollava.train.loop import Run
@@ -39,9 +40,14 @@ def check_out(out: Path, resume: bool) -> None:
 
 
 def save(run: "Run", final: bool = False) -> None:
-    """The model, the metrics, and, unless the run is over, all that --resume needs."""
+    """The model, the metrics, and, unless the run is over, all that --resume needs. Adapters are merged at the end."""
+    if run.options.lora and final:
+        lora.merge(run.model)
     with atomic_folder(run.out) as folder:
-        write(run.model, folder)
+        if run.options.lora and not final:
+            lora.write_trained(run.model, folder, run.options)
+        else:
+            write(run.model, folder)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.metrics))
         if not final:
             state = {"optimizers": [o.state_dict() for o in run.optimizers], "step": run.step}
@@ -51,13 +57,14 @@ def save(run: "Run", final: bool = False) -> None:
 def fingerprint(run: "Run") -> dict:
     """What must be the same for a resumed run to give the losses of an undisturbed one, but for rounding: compiling,
     recomputing and the number of parallel parts, like the machine, may move the last bits."""
-    free = ("compile", "recompute", "parallel")
+    free = ("compile", "recompute", "parallel", "base")
     shaping = {k: v for k, v in asdict(run.options).items() if not k.endswith("_every") and k not in free}
     return {
         "stage": run.stage.name,
         "config": asdict(run.model.config),
         "data": f"{len(run.data):,} groups of records (checksum {run.data.checksum:08x})",
         "options": shaping,
+        **({"base": run.base} if run.base else {}),
     }
 
 
@@ -68,7 +75,10 @@ def restore(run: "Run") -> None:
     for name, value in fingerprint(run).items():
         if state.get(name) != value:
             raise Error(f"{run.out}: the run there has a different {name}: {differences(state.get(name), value)}")
-    run.model.load_state_dict(load(folder, dtype=torch.float32).state_dict())
+    if run.options.lora:
+        lora.read_trained(run.model, folder)
+    else:
+        run.model.load_state_dict(load(folder, dtype=torch.float32).state_dict())
     try:
         for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

@@ -38,16 +38,17 @@ def freeze(model: Llava, stage: Stage) -> None:
         getattr(model, part).requires_grad_(part in stage.trained)
 
 
-def precision(part: str, stage: Stage, optimizer: str, device: str | torch.device) -> torch.dtype:
+def precision(part: str, stage: Stage, optimizer: str, device: str | torch.device, lora: bool) -> torch.dtype:
     """What the weights of a part are kept in: bfloat16 where they are only read, on CUDA, whose products take it, and
-    everywhere for the memory-light optimizer; float32 otherwise."""
-    frozen = torch.device(device).type == "cuda" and part not in stage.trained
+    everywhere for the memory-light optimizer; float32 otherwise. Under adapters the language model is only read."""
+    learns = part in stage.trained and not (lora and part == "language")
+    frozen = torch.device(device).type == "cuda" and not learns
     return torch.bfloat16 if frozen or optimizer == "light" else torch.float32
 
 
-def set_precision(model: Llava, stage: Stage, optimizer: str) -> None:
+def set_precision(model: Llava, stage: Stage, optimizer: str, lora: bool) -> None:
     for part in PARTS:
-        getattr(model, part).to(precision(part, stage, optimizer, model.device))
+        getattr(model, part).to(precision(part, stage, optimizer, model.device, lora))
 
 
 def parameter_table(model: Llava) -> str:

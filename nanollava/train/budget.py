@@ -1,0 +1,293 @@
+"""What a run will take, worked out from sizes alone, before a weight is read: parameters, memory by kind, which cards
+it fits. Bytes throughout; one line says where each term comes from.
+
+Three moments compete for the peak, on top of weights and optimizer states, which are always there:
+
+    tower      the image tower's own activations, before the decoder has any
+    backward   all that the forward pass kept, as the backward pass begins; later gradients replace it
+    update     all gradients, and what the optimizer needs beside them
+
+With several micro-batches in a step the gradients of the first are there in the first two as well.
+
+On a CPU the process holds more than its tensors: see ``heap_bytes``.
+
+Letters: D language width, A = H E queries' width, K keys' width, I width inside SwiGLU, H heads, V vocabulary, C vision
+width, N patches, T positions of a row, r rank of the adapters.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nanollava.llama import LlamaConfig
+from nanollava.llava import Llava, LlavaConfig
+from nanollava.loss import ROWS
+from nanollava.train import lora
+from nanollava.train.optim import is_hidden
+from nanollava.train.stages import Stage, freeze, parameter_table
+from nanollava.vit import VisionConfig
+
+GB = 1e9
+CARDS = (8, 16, 24, 48, 80)  # their GB are 2^30 bytes: of the 7% more than 10^9, CUDA itself takes most
+
+
+
+@dataclass(frozen=True)
+class Work:
+    """The largest micro-batch of a step, and how many of them there are."""
+
+    rows: int
+    length: int  # T
+    targets: int  # positions that are predicted
+    images: int
+    parts: int = 1  # micro-batches of a step
+
+
+@dataclass(frozen=True)
+class How:
+    """What of a run's options decides over memory."""
+
+    on_cuda: bool
+    optimizer: str = "adamw"  # adamw, muon or light
+    lora: int | None = None  # rank
+    dropout: float = 0.0
+    recompute: bool = False  # blocks keep their inputs alone
+    parallel: int = 1  # micro-batches at the same time, on a CPU
+
+    @classmethod
+    def of(cls, settings: Any, device: str) -> "How":
+        """From a run's options, or the command line's, which have the same names."""
+        on_cuda, recompute = torch.device(device).type == "cuda", getattr(settings, "recompute", False)
+        dropout, parallel = settings.lora_dropout or 0.0, 1 if on_cuda else settings.parallel
+        return cls(on_cuda, settings.optimizer, settings.lora, dropout, recompute, parallel)
+
+    @property
+    def matrix(self) -> int:
+        """Bytes of a number that matrix products take: bfloat16 by autocast on CUDA, float32 on a CPU."""
+        return 2 if self.on_cuda else 4
+
+    @property
+    def frozen(self) -> int:
+        """Bytes of a weight that does not learn, and of the sum that runs through the blocks, whose dtype is that of
+        the embedding: float32 master weights, but bfloat16 under adapters and for the light optimizer."""
+        return 2 if self.on_cuda and (self.lora or self.optimizer == "light") else 4
+
+    @property
+    def trained(self) -> int:
+        """Bytes of a weight that learns."""
+        return 2 if self.on_cuda and self.optimizer == "light" and not self.lora else 4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of each kind."""
+
+    weights: int
+    states: int
+    gradients: int
+    activations: int  # of the decoder, as its backward pass begins, with bfloat16 copies of float32 weights
+    loss: int  # logits, some at a time, and the head's gradient
+    tower: int
+    update: int  # beside the gradients, as weights are updated
+    heap: int  # on a CPU, activations whose place stays with the process when they are freed
+    parts: int  # micro-batches of a step
+
+    @property
+    def live(self) -> int:
+        """The most that tensors take at one time."""
+        kept = self.gradients if self.parts > 1 else 0
+        moments = kept + self.tower, kept + self.activations + self.loss, self.gradients + self.update
+        return self.weights + self.states + max(moments)
+
+    @property
+    def peak(self) -> int:
+        """The most that is taken from the machine at one time."""
+        kept = self.gradients if self.parts > 1 else 0
+        moments = kept + self.activations + self.loss + 3 * self.heap // 5, self.gradients + self.update + self.heap
+        return max(self.live, self.weights + self.states + max(moments))
+
+
+def full_rows(config: LlavaConfig, rows: int) -> Work:
+    """The most that rows can hold where no data says better: every position taken, by images of one record each with
+    64 positions of text, all of it predicted."""
+    N, T = config.vision.num_patches, config.max_length
+    images = rows * max(1, T // (N + 64))
+    return Work(rows, T, max(rows, rows * T - images * N), images)
+
+
+def outline(config: LlavaConfig, stage: Stage, how: How) -> Llava:
+    """The model as it is trained, its tensors without numbers."""
+    with torch.device("meta"):
+        model = Llava(config)
+    freeze(model, stage)
+    if how.lora:
+        lora.adapt(model, how.lora, 2 * how.lora, how.dropout)
+    return model
+
+
+def estimate(model: Llava, how: How, work: Work) -> Budget:
+    """The budget of an ``outline``."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    sizes = [p.numel() for _, p in trained]
+    every = sum(p.numel() for p in model.parameters())
+    largest = max(sizes)
+    activations = how.parallel * decoder_bytes(model, how, work)
+    return Budget(
+        weights=how.trained * sum(sizes) + how.frozen * (every - sum(sizes)),
+        states=sum(p.numel() * state_bytes(name, p, how) for name, p in trained),
+        gradients=gradient_bytes(model, how, sum(sizes)),
+        activations=activations + copies(model, how),
+        loss=how.parallel * loss_bytes(model, how, work),
+        tower=how.parallel * tower_bytes(model.config.vision, how, work),
+        # AdamW over lists of tensors, PyTorch's choice on CUDA, has all square roots at once (torch.optim, "foreach");
+        # one by one it has a root and its quotient
+        update=4 * (sum(sizes) if how.on_cuda and how.optimizer == "adamw" else 2 * largest),
+        heap=heap_bytes(model.config.language, how, work, activations),
+        parts=work.parts,
+    )
+
+
+def heap_bytes(c: LlamaConfig, how: How, work: Work, activations: int) -> int:
+    """How many of the activations' bytes lie on the C library's heap. It keeps what is freed (keep_freed_memory) and,
+    since blocks of many sizes do not fill each other's places, grows by about 3/5 of them. Measured on glibc, not
+    derived; blocks from 32 MiB on come from the system and go back, somewhat smaller ones leave fewer gaps."""
+    if how.on_cuda:
+        return 0
+    wide, narrow = (4 * work.rows * work.length * width / 2**20 for width in (c.intermediate_size, c.hidden_size))
+    return activations if wide < 24 else activations // 2 if narrow < 32 else 0
+
+
+def state_bytes(name: str, p: nn.Parameter, how: How) -> int:
+    """Optimizer states of one number: AdamW's two moments (Kingma & Ba, 2015) in float32, Muon's momentum, or two
+    moments in 16 bits."""
+    if how.optimizer == "light":
+        return 4
+    return 4 if how.optimizer == "muon" and is_hidden(name, p) else 8
+
+
+def gradient_bytes(model: Llava, how: How, trained: int) -> int:
+    """A gradient for each trained number, in its dtype; for each of the micro-batches side by side. The light optimizer
+    steps inside the backward pass: one layer's are there at a time."""
+    if how.optimizer != "light":
+        return how.trained * trained * how.parallel
+    layers = [*model.language.layers, model.language.embed_tokens, model.language.lm_head, model.projector]
+    return how.trained * max(sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers)
+
+
+def copies(model: Llava, how: How) -> int:
+    """Autocast's bfloat16 copies of float32 matrices: the backward pass needs them, so the graph keeps them; where
+    blocks are recomputed they are kept for the forward pass. The head's own are counted with the loss."""
+    if not how.on_cuda:
+        return 0
+    matrices = [p for p in model.language.layers.parameters() if p.ndim == 2]
+    return 2 * sum(p.numel() for p in matrices if (how.trained if p.requires_grad else how.frozen) == 4)
+
+
+def decoder_bytes(model: Llava, how: How, work: Work) -> int:
+    """What the blocks and the last norm keep for the backward pass, and what one block needs while it goes through."""
+    c, layers = model.config.language, model.config.language.num_hidden_layers
+    positions, trains = work.rows * work.length, any(p.requires_grad for p in model.language.parameters())
+    block = block_bytes(c, how, work.length, trains)
+    passing = how.matrix * 3 * c.intermediate_size + how.frozen * 3 * c.hidden_size  # gradients inside one block
+    end = (4 + how.frozen + how.matrix) * c.hidden_size  # the last norm and what the head takes
+    if how.recompute:  # Chen et al., 2016: inputs of all blocks, the rest of one
+        return positions * (layers * how.frozen * c.hidden_size + block + passing + end)
+    return positions * (layers * block + passing + end)
+
+
+def block_bytes(c: LlamaConfig, how: How, length: int, trains: bool) -> int:
+    """What autograd keeps of one block for one position: `saved_tensors_hooks` shows the same list."""
+    D, I, H = c.hidden_size, c.intermediate_size, c.num_attention_heads
+    A, K, n = H * c.head_dim, c.num_key_value_heads * c.head_dim, how.matrix
+    kept = 2 * 4 * (D + 1)  # RMSNorm computes in float32: its input and 1 / root mean square
+    kept += n * (2 * A + 2 * K) + 4 * H  # q and k turned, v, the result; log of each softmax's sum (Dao et al., 2022)
+    kept += n * 3 * I  # gate, silu(gate), up
+    if not how.on_cuda:
+        kept += 4 * length  # scaled_dot_product_attention makes numbers of the mask, anew in each layer
+    if how.lora:
+        inputs = (5 * D + A + I) * (n + (1 if how.on_cuda else 4)) if how.dropout else n * (2 * D + I)
+        return kept + inputs + 7 * n * how.lora  # what dropout leaves, and its mask, for each matrix; A x
+    if trains:
+        kept += 2 * how.frozen * D  # what a norm's weight multiplies
+        shared = how.frozen == n  # or autocast makes a copy for each matrix
+        kept += n * ((2 if shared else 5) * D + I)  # inputs of q, k, v; gate, up; down
+    return kept
+
+
+def loss_bytes(model: Llava, how: How, work: Work) -> int:
+    """Logits of a few targets, their exponentials beside them, and the gradient of the head, which is complete before
+    the backward pass begins."""
+    head, exact = model.language.lm_head.weight, 4
+    logits = min(work.targets, ROWS) * head.shape[0] * (2 * exact + (how.matrix if how.on_cuda else 0))
+    copy = how.matrix if how.on_cuda and how.frozen == 4 else 0
+    return logits + head.numel() * (copy + exact * head.requires_grad) + 2 * exact * work.targets * head.shape[1]
+
+
+def tower_bytes(c: VisionConfig, how: How, work: Work) -> int:
+    """The frozen tower keeps nothing; inside one MLP stand its input twice and three times what is between its layers
+    (fc1's result, the sigmoid, their product). The pixels come as float32."""
+    inside = how.matrix * (2 * c.hidden_size + 3 * c.intermediate_size)
+    return work.images * ((1 + c.num_patches) * inside + 4 * 3 * c.image_size**2)
+
+
+# ---------------------------------------------------------------- in words
+
+
+def report(config: LlavaConfig, stage: Stage, how: How, work: Work) -> str:
+    """All of it as text: the run as it is asked for, and the cards that it would fit on."""
+    model = outline(config, stage, how)
+    budget = estimate(model, how, work)
+    logits = f"logits of {min(work.targets, ROWS)} positions at a time, the head's gradient"
+    kinds = {
+        "weights": budget.weights,
+        "gradients": budget.gradients,
+        "optimizer states": budget.states,
+        f"activations of {work.rows} rows of {work.length:,} positions": budget.activations,
+        logits: budget.loss,
+        f"activations of the tower, {work.images} images": budget.tower,
+        "beside the gradients, as weights are updated": budget.update,
+        "at the same time, at most": budget.live,
+        **({} if how.on_cuda else {"this process, with gaps between freed tensors, about": budget.peak}),
+    }
+    lines = [f"{name:<60} {size / GB:>8.2f} GB" for name, size in kinds.items()]
+    on_card = replace(how, on_cuda=True, parallel=1)
+    cards = [f"{card:>3} GB card: {advice(config, stage, on_card, work, card * GB)}" for card in CARDS]
+    return "\n".join([parameter_table(model), "", *lines, "", *cards])
+
+
+def advice(config: LlavaConfig, stage: Stage, how: How, work: Work, room: float) -> str:
+    """Whether it fits into so many bytes; if not, which options would make it fit, and what each saves."""
+
+    def peak(how: How, work: Work) -> int:
+        return estimate(outline(config, stage, how), how, work).peak
+
+    if (needed := peak(how, work)) <= room:
+        return f"fits, with {needed / GB:.1f} GB"
+    tried = []
+    for options in remedies(stage, how, work):
+        before, saved = needed, []
+        for option, *smaller in options:
+            after = peak(*smaller)
+            if after < 0.99 * before:
+                saved.append(f"{option} saves {(before - after) / GB:.1f}")
+                before = after
+            if before <= room:
+                return f"too small for {needed / GB:.1f} GB; {', '.join(saved)}: fits, with {before / GB:.1f} GB"
+        tried.append((before, saved))
+    least, saved = min(tried)
+    return f"too small for {needed / GB:.1f} GB; {', '.join(saved) or 'no option helps'}: still {least / GB:.1f} GB"
+
+
+def remedies(stage: Stage, how: How, work: Work) -> Iterator[list[tuple[str, How, Work]]]:
+    """Options that save memory, each with those before it: those that train the same weights, then with adapters."""
+    one = replace(work, rows=1, parts=work.parts * work.rows, targets=-(-work.targets // work.rows))
+    one = replace(one, images=-(-work.images // work.rows))
+    less = replace(how, recompute=True)
+    first = [("--rows-at-once 1", how, one), ("--recompute", less, one)]
+    yield [*first, ("--optimizer light", replace(less, optimizer="light"), one)]
+    if "language" in stage.trained and not how.lora:
+        adapted = {"lora": lora.RANK, "dropout": lora.DROPOUT, "optimizer": "adamw"}
+        yield [*first, (f"--lora {lora.RANK}", replace(less, **adapted), one)]
