@@ -21,7 +21,8 @@ from torch import Tensor
 from nanollava.error import Error, first_line, some
 
 # what belongs to a checkpoint, so that nothing of it outlives its replacement
-OWN = ("*.safetensors", "*.bin", "*.pt", "*.index.json", "tokenizer*", "added_tokens.json", "special_tokens_map.json")
+OWN = ("*.safetensors", "*.bin", "*.pt", "*.index.json", "tokenizer*", "added_tokens.json", "special_tokens_map.json",
+       "adapter_config.json")  # fmt: skip
 AT_ONCE = 2**28  # bytes of a file of weights that are read before it is opened anew
 LFS_POINTER = b"version https://git-lfs"  # how a file begins that git cloned without its contents
 
