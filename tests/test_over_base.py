@@ -439,7 +439,7 @@ def test_lora_becomes_a_whole_folder(lora_run, tmp_path):
         ({"trainable_token_indices": [1]}, ("trainable_token_indices", "not supported")),
         ({"target_modules": [*ADAPTED, "k_proj"]}, ("3 (layers.0.self_attn.k_proj.weight", "target_modules")),
         (
-            {"target_modules": r"model\\.layers\\.\\d+\\.mlp\\.(up|down)_proj"},
+            {"target_modules": r"model\.layers\.\d+\.mlp\.(up|down)_proj"},
             ("3 (layers.0.mlp.up_proj.weight", "promise"),
         ),
         ({"target_modules": "all-linear"}, ("12 (layers.0.self_attn.k_proj.weight", "promise")),
