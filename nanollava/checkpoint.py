@@ -25,8 +25,8 @@ from nanollava.error import Error
 from nanollava.layouts import CLIP, LLAMA, LLAVA, LLAVA_HF, PROJECTOR, PROJECTOR_WITH_MARKS
 from nanollava.llama import Llama
 from nanollava.llava import Llava
-from nanollava.places import find_vision, language_folder
-from nanollava.tokenizer import Tokenizer, load_tokenizer
+from nanollava.places import check_no_adapters, find_vision, language_folder
+from nanollava.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from nanollava.vit import VisionConfig, VisionTransformer
 from nanollava.weights import Device, Dtype, add_vocabulary, cut_vocabulary, fill, stored_shapes, tie, write_tensors
 
@@ -72,7 +72,7 @@ def _load_whole(folder: Path, config: dict, vision: str | Path | None, device: D
         if config.get("image_aspect_ratio") is None and (folder / "preprocessor_config.json").is_file():
             pads = files.read_json(folder / "preprocessor_config.json").get("do_pad")
             config["image_aspect_ratio"] = "pad" if pads else "crop"
-    own = any(str(layouts.ours(name, layout)).startswith("vision.") for name in stored_shapes(folder))
+    own = _has_tower(folder, layout)
     if own and config.get("vision_config") is not None:
         if vision is not None:
             raise Error(f"{folder}: has an image tower of its own; leave out {vision} (vision=, --vision)")
@@ -87,9 +87,14 @@ def _load_whole(folder: Path, config: dict, vision: str | Path | None, device: D
         model = Llava(settings, _tokenizer(folder, settings.language.vocab_size))
     model.vision = tower or model.vision
     fill(model, folder, layout, device, dtype)
-    _cut_vocabulary(model, config)
+    if layout is LLAVA_HF:
+        _cut_vocabulary(model, config)
     _settle_template(model, config)
     return model
+
+
+def _has_tower(folder: Path, layout: layouts.Layout) -> bool:
+    return any(str(layouts.ours(name, layout)).startswith("vision.") for name in stored_shapes(folder))
 
 
 def _settle_template(model: Llava, config: dict) -> None:
@@ -108,16 +113,22 @@ def _load_over_base(
         raise Error(f"{projector}: no such file; a LoRA run keeps its projector there, is the download complete?")
     kind = files.read_json(base / "config.json")
     fields.check_kind(kind, base / "config.json", "llama", "llava", "llava_llama")
-    start = None if kind["model_type"] == "llama" else load(base, device, dtype, vision)
+    start = None
+    if kind["model_type"] != "llama":
+        holds = language_folder(base) == base and _has_tower(base, LLAVA_HF if "text_config" in kind else LLAVA)
+        start = load(base, device, dtype, None if holds else vision)
     known = start.config.language if start else fields.language_config(kind, base / "config.json")
-    marks = _trained_marks(projector) if config.get("mm_use_im_start_end") else None
     sizes = fields.language_config(config, folder / "config.json")
+    marks = _trained_marks(projector, sizes.vocab_size) if config.get("mm_use_im_start_end") else None
     for name, here in vars(sizes).items():  # said before gigabytes are read
+        there = getattr(known, name)
         more = (2, 3) if name == "vocab_size" and marks is not None else (0,)  # <im_patch> may be the third
-        if (there := getattr(known, name)) != here and name != "max_position_embeddings" and here - there not in more:
+        same = here - there in more if name == "vocab_size" else here == there
+        if not same and name != "max_position_embeddings":
             raise Error(f"{base}: {name} is {there}, but {folder} was trained over one with {here}; give its base")
-    tower = start.vision if start else None
-    if tower is None:
+    if start and vision is None and _same_tower(config, kind):
+        tower = start.vision
+    else:
         tower = load_vision(find_vision(folder, config, vision, "its image tower"), device, dtype)
     with torch.device("meta"):
         model = Llava(fields.llava_config(config, folder / "config.json", tower.config))
@@ -136,12 +147,20 @@ def _load_over_base(
     return model
 
 
-def _trained_marks(projector: Path) -> Tensor | None:
+def _same_tower(one: dict, other: dict) -> bool:
+    """Whether two configs name the same image tower, or one of them none."""
+    names = [Path(name).name for config in (one, other) if isinstance(name := config.get("mm_vision_tower"), str)]
+    return len(set(names)) < 2
+
+
+def _trained_marks(projector: Path, size: int) -> Tensor | None:
     """(2, D) embedding of <im_start> and <im_end>, which the first releases trained together with the projector and
-    stored beside it, alone or as the end of a whole matrix."""
+    stored beside it, alone or as the end of a whole matrix of ``size`` rows."""
     for name, tensor in files.tensors(projector):
         if name.endswith("embed_tokens.weight"):
-            return tensor[-2:].clone() if tensor.ndim else tensor
+            if tensor.ndim != 2 or len(tensor) not in (2, size):
+                raise Error(f"{projector}: {name} is {tuple(tensor.shape)}, expected 2 rows or {size}; fetch it again")
+            return tensor[-2:].clone()
     return None
 
 
@@ -178,6 +197,7 @@ def load_language(folder: str | Path, device: Device = "cpu", dtype: Dtype = Non
     folder = files.last_good(folder)
     config, file = files.read_json(folder / "config.json"), folder / "config.json"
     fields.check_kind(config, file, "llama")
+    check_no_adapters(folder)
     settings = fields.language_config(config, file)
     _tokenizer(folder, settings.vocab_size)
     with torch.device("meta"):
@@ -197,6 +217,7 @@ def _cut_vocabulary(model: Llava, config: dict) -> None:
         cut_vocabulary(model.language, rows)
         if model.tokenizer:
             model.tokenizer.added = {token: i for token, i in model.tokenizer.added.items() if i < rows}
+            check_tokenizer(model.tokenizer, rows)
 
 
 def _tokenizer(folder: Path, rows: int) -> Tokenizer | None:
@@ -206,20 +227,6 @@ def _tokenizer(folder: Path, rows: int) -> Tokenizer | None:
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, rows)
     return tokenizer
-
-
-def check_tokenizer(tokenizer: Tokenizer, rows: int) -> None:
-    """Raises Error where ids lack a row of the embedding, or rows an id.
-
-    More rows than pieces are right where added_tokens.json beside the model names them, or where they pad the embedding
-    to a multiple of 64.
-    """
-    size = max([tokenizer.vocab_size, *(i + 1 for i in tokenizer.added.values())])
-    if size != rows and not (size < rows <= size + 64 and rows % 64 == 0):
-        raise Error(
-            f"{tokenizer.file}: {size} tokens, but the embedding has {rows} rows (vocab_size); use the tokenizer that "
-            "the weights were trained with"
-        )
 
 
 # ---------------------------------------------------------------- saving

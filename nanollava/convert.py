@@ -23,12 +23,12 @@ from torch import Tensor
 from nanollava import config as fields
 from nanollava import folder as files
 from nanollava import layouts
-from nanollava.checkpoint import check_tokenizer, write_settings
+from nanollava.checkpoint import write_settings
 from nanollava.error import Error, forgive_encoding, say, some
 from nanollava.export import check_new, export
 from nanollava.llama import LlamaConfig
 from nanollava.llava import Llava, LlavaConfig
-from nanollava.tokenizer import Tokenizer
+from nanollava.tokenizer import Tokenizer, check_tokenizer
 from nanollava.vit import VisionConfig
 from nanollava.weights import finite, stored_shapes
 

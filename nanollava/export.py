@@ -73,6 +73,8 @@ def check_new(target: Path, *sources: Path) -> None:
         if not files.last_good(source).is_dir():
             raise Error(f"{source}: no such folder; check the path")
     target = target.resolve()  # x/../y is y even where there is no x
+    if inside := [source for source in sources if source.resolve() in target.parents]:
+        raise Error(f"{target}: lies in {inside[0]}, which it is made from; choose a folder outside")
     files.check_writable(target)
     if target.exists():
         raise Error(f"{target} exists: choose another folder")

@@ -2,6 +2,7 @@
 B (out, r), as PEFT stores them. Here they are merged, W + (lora_alpha / r) B A, and no trace of them is left (Hu et
 al., 2021, section 4.1)."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -62,9 +63,11 @@ def is_target(name: str, config: dict) -> bool:
     """Whether target_modules names a weight's module; where it chooses layers or excludes modules, none is checked."""
     targets, module = config.get("target_modules"), name.removesuffix(".weight")
     chosen = any(config.get(choice) is not None for choice in ("layers_to_transform", "exclude_modules"))
-    if not isinstance(targets, list) or chosen or not name.endswith(".weight"):
+    if chosen or not module.startswith("layers.") or "norm" in module:
         return False
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+    if isinstance(targets, str):
+        return targets == "all-linear" or bool(re.fullmatch(targets, f"model.{module}"))
+    return any(module == target or module.endswith(f".{target}") for target in targets or [])
 
 
 def match(pair: dict[str, Tensor], weight: Tensor | None, rank: int) -> bool:

@@ -12,15 +12,19 @@ def language_folder(folder: Path, base: str | Path | None = None) -> Path:
     base. Raises Error where that is not found, and for a base given to a folder that holds a whole model."""
     adapter = folder / "adapter_config.json"
     whole = any(folder.glob("pytorch_model*")) or any(folder.glob("model*.safetensors*"))
+    if whole:
+        check_no_adapters(folder)
+    elif not adapter.is_file() and any(folder.glob("adapter_model.*")):
+        raise Error(f"{adapter}: no such file beside the adapters; is the download complete?")
     if whole or not (adapter.is_file() or (folder / "mm_projector.bin").is_file()):
         if base is not None:
             raise Error(f"{folder}: holds a whole model; leave out {base} (base=, --base)")
         return folder
     if adapter.is_file():
-        name = files.read_json(adapter).get("base_model_name_or_path") or "lmsys/vicuna-7b-v1.5"
+        name = files.read_json(adapter).get("base_model_name_or_path")
     else:
-        name = files.read_json(folder / "config.json").get("_name_or_path") or "lmsys/vicuna-7b-v1.5"
-    beside = _beside(folder, name)
+        name = files.read_json(folder / "config.json").get("_name_or_path")
+    beside, name = _beside(folder, name), name or "lmsys/vicuna-7b-v1.5"
     place = files.last_good(base or beside or folder)
     if not place.is_dir() or place.resolve() == folder.resolve():
         raise Error(
@@ -30,10 +34,16 @@ def language_folder(folder: Path, base: str | Path | None = None) -> Path:
     return place
 
 
+def check_no_adapters(folder: Path) -> None:
+    """Raises Error where whole weights have adapters beside them: whether these are merged already, nothing tells."""
+    if found := [*folder.glob("adapter_model.*"), *folder.glob("adapter_config.json")]:
+        raise Error(f"{found[0]}: adapters beside whole weights; move one of the two into a folder of its own")
+
+
 def find_vision(folder: Path, config: dict, vision: str | Path | None, what: str) -> Path:
     """The folder of the image tower, where the weights do not hold one: the one given, or the first of two places."""
-    tower = config.get("mm_vision_tower") or "openai/clip-vit-large-patch14-336"
-    beside = _beside(folder, tower)
+    tower = config.get("mm_vision_tower")
+    beside, tower = _beside(folder, tower), tower or "openai/clip-vit-large-patch14-336"
     places = [Path(vision)] if vision is not None else [folder / "vision_tower", *filter(None, [beside])]
     for place in map(files.last_good, places):
         if place.is_dir():

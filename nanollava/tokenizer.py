@@ -102,6 +102,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def check_tokenizer(tokenizer: Tokenizer, rows: int) -> None:
+    """Raises Error where ids lack a row of the embedding, or rows an id.
+
+    More rows than pieces are right where added_tokens.json beside the model names them, or where they pad the embedding
+    to a multiple of 64.
+    """
+    size = max([tokenizer.vocab_size, *(i + 1 for i in tokenizer.added.values())])
+    if size != rows and not (size < rows <= size + 64 and rows % 64 == 0):
+        raise Error(
+            f"{tokenizer.file}: {size} tokens, but the embedding has {rows} rows (vocab_size); use the tokenizer that "
+            "the weights were trained with"
+        )
+
+
 def _added_tokens(file: Path) -> dict[str, int]:
     added = read_json(file) if file.is_file() else {}
     if not all(type(i) is int and i >= 0 for i in added.values()):

@@ -40,6 +40,12 @@ def check_device(device: Device) -> None:
         raise Error(f"device {device}: not to be used here ({first_line(error)}); leave it out or say cpu") from error
 
 
+def check_dtype(dtype: object) -> None:
+    """Raises Error for what weights cannot be: no floats, or floats of a single byte."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise Error(f"dtype is {dtype!r}: give one of PyTorch's, such as torch.bfloat16")
+
+
 def fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype: Dtype) -> None:
     """Give every parameter that is still on the meta device its tensor from the folder, or the one file, on ``device``.
 
@@ -52,8 +58,7 @@ def fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype:
         return
     check_device(device)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise Error(f"dtype is {dtype!r}: give one of PyTorch's, such as torch.bfloat16")
+    check_dtype(dtype)
     tensors = _read(folder, _match(module, folder, layout), device, dtype)
     for head, embedding in _tied(module).items():
         if not torch.equal(tensors.setdefault(head, tensors[embedding]), tensors[embedding]):
@@ -155,6 +160,8 @@ def write_tensors(module: nn.Module, folder: Path, layout: Layout, dtype: Dtype)
 
 def write_named(tensors: dict[str, Tensor], folder: Path, layout: Layout, dtype: Dtype) -> None:
     """The same for tensors by the names that they have here."""
+    if dtype is not None:
+        check_dtype(dtype)
     named = {}
     for name, tensor in tensors.items():
         named[layouts.theirs(name, layout)] = stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanollava import checkpoint, weights
-from nanollava.checkpoint import check_tokenizer, load, load_language, load_vision, save, save_language, save_vision
+from nanollava.checkpoint import load, load_language, load_vision, save, save_language, save_vision
 from nanollava.error import Error
 from nanollava.llama import Llama, LlamaConfig
 from nanollava.llava import Llava, LlavaConfig
-from nanollava.tokenizer import Tokenizer, load_tokenizer
+from nanollava.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from nanollava.vit import VisionConfig, VisionTransformer
 
 # no two sizes equal by accident
@@ -361,6 +361,15 @@ def test_a_tensor_in_two_shards(tmp_path):
     index = {"weight_map": dict.fromkeys(tensors, "a.safetensors") | {"lm_head.weight": "b.safetensors"}}
     (tmp_path / "run/model.safetensors.index.json").write_text(json.dumps(index))
     refused(tmp_path / "run", r"1 \(model.norm.weight\) tensors are in two files", load_language)
+
+
+def test_a_dtype_that_weights_cannot_have_destroys_nothing(tmp_path):
+    model = make()
+    save(model, tmp_path / "run")
+    for dtype in (torch.int8, torch.bool, torch.float8_e4m3fn):
+        with pytest.raises(Error, match=r"such as torch\.bfloat16"):
+            save(model, tmp_path / "run", dtype)
+    assert_same(load(tmp_path / "run"), model)
 
 
 def test_our_own_names_are_no_official_ones(tmp_path):

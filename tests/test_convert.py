@@ -74,6 +74,12 @@ def test_a_tower_in_the_folder_comes_along(source, tmp_path):
     assert (tmp_path / "out/vision_tower/pytorch_model.bin").read_bytes() == b"tower"
 
 
+def test_a_target_inside_its_source_is_refused(source, capsys):
+    (source / "vision_tower").mkdir()
+    assert convert.main(["to-safetensors", str(source), str(source / "vision_tower/x")]) == 2
+    assert "which it is made from" in capsys.readouterr().err and not list((source / "vision_tower").iterdir())
+
+
 def test_ctrl_c_is_no_traceback_and_leaves_nothing(source, tmp_path, monkeypatch, capsys):
     def pressed(*_):
         raise KeyboardInterrupt

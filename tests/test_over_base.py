@@ -295,10 +295,14 @@ def test_a_projector_that_does_not_fit(tiny_tokenizer_file, tmp_path):
     refused(tmp_path / "run", "mm_projector.bin", "model.embed_tokens.weight", "not expected")
     edit(tmp_path / "run/config.json", mm_use_im_start_end=True, vocab_size=402)
     half_byte = torch.ones(2, 48).to(torch.float8_e4m3fn)
-    for wrong in (torch.ones(2, 47), torch.ones(1, 48), torch.full((2, 48), torch.nan), torch.ones(()), half_byte):
+    for wrong in (torch.ones(2, 47), torch.full((2, 48), torch.nan), half_byte):
         torch.save(whole | {"model.embed_tokens.weight": wrong}, file)
         refused(tmp_path / "run", "2 rows of 48 finite numbers")
+    for wrong in (torch.ones(()), torch.ones(1, 48), torch.ones(7, 48)):
+        torch.save(whole | {"model.embed_tokens.weight": wrong}, file)
+        refused(tmp_path / "run", "expected 2 rows or 402")
     edit(tmp_path / "run/config.json", vocab_size=405)
+    torch.save(whole | {"model.embed_tokens.weight": torch.ones(2, 48)}, file)
     refused(tmp_path / "run", "vocab_size is 400", "with 405")
     edit(tmp_path / "run/config.json", vocab_size=400)
     torch.save(whole, file)
@@ -394,6 +398,28 @@ def test_lora_over_a_llava(kind, lora_run, tmp_path):
     assert same(loaded, expected) and loaded.config == expected.config
 
 
+def test_lora_over_a_llava_takes_the_tower_that_the_run_names(lora_run, tiny_tokenizer_file, tmp_path):
+    model, folder, _ = lora_run
+    other = make(Tokenizer(tiny_tokenizer_file), projector_type="mlp2x_gelu")
+    randomly(other.vision)
+    save(other, tmp_path / "base")
+    assert same(load(folder, base=tmp_path / "base").vision, other.vision)  # the base names none
+    edit(tmp_path / "base/config.json", mm_vision_tower="openai/clip-small")
+    for vision in (None, tmp_path / "clip-vit"):
+        assert same(load(folder, base=tmp_path / "base", vision=vision).vision, model.vision)
+
+
+def test_adapters_that_belong_to_nothing_are_not_passed_over(lora_run, tmp_path):
+    _, folder, _ = lora_run
+    (folder / "adapter_config.json").rename(tmp_path / "vicuna/adapter_config.json")
+    refused(folder, "adapter_config.json", "no such file beside the adapters")
+    with pytest.raises(Error, match="adapters beside whole weights"):
+        load_language(tmp_path / "vicuna")
+    (tmp_path / "vicuna/adapter_config.json").rename(folder / "adapter_config.json")
+    save_file({}, folder / "model.safetensors")
+    refused(folder, "adapters beside whole weights")
+
+
 def test_lora_becomes_a_whole_folder(lora_run, tmp_path):
     _, folder, _ = lora_run
     assert convert.main(["export", "--as", "llava", str(folder), str(tmp_path / "whole")]) == 0
@@ -412,6 +438,11 @@ def test_lora_becomes_a_whole_folder(lora_run, tmp_path):
         ({"target_parameters": ["mlp.up_proj.weight"]}, ("target_parameters", "not supported")),
         ({"trainable_token_indices": [1]}, ("trainable_token_indices", "not supported")),
         ({"target_modules": [*ADAPTED, "k_proj"]}, ("3 (layers.0.self_attn.k_proj.weight", "target_modules")),
+        (
+            {"target_modules": r"model\.layers\.\d+\.mlp\.(up|down)_proj"},
+            ("3 (layers.0.mlp.up_proj.weight", "promise"),
+        ),
+        ({"target_modules": "all-linear"}, ("12 (layers.0.self_attn.k_proj.weight", "promise")),
         ({"r": 4}, ("9 (", "do not fit")),
         ({"r": None}, ('"r" is None',)),
         ({"r": 0}, ('"r" is 0',)),

@@ -15,9 +15,10 @@ from nanollava.checkpoint import load
 from nanollava.generate import Sampling, generate
 from nanollava.llava import Llava
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
-from tests.oracle.test_checkpoint import TOLERANCE, drawn, error, every_size, noise, sizes
 
 transformers = pytest.importorskip("transformers", reason="the reference implementation: pip install .[oracle]")
+
+from tests.oracle.test_checkpoint import TOLERANCE, drawn, error, every_size, noise, sizes  # noqa: E402  (needs it too)
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # all that official runs adapt
 LATER = ("num_key_value_heads", "rope_parameters", "max_position_embeddings", "tie_word_embeddings")  # than v1
