@@ -117,6 +117,14 @@ def test_no_two_parameters_and_no_two_steps_round_alike():
     assert not torch.equal(seen[2] > seen[2].float().mean(), seen[0] > seen[0].float().mean())
 
 
+def test_weight_and_mean_square_are_rounded_independently():
+    p = parameter(1.0, count=20_000)
+    adam = optimizer(p, lr=1e-3)
+    step(adam, (p, torch.ones(20_000)))
+    up = torch.stack([x.detach().double() for x in (p, adam.state[p]["square"])])
+    assert up.std(dim=1).min() > 0 and torch.corrcoef(up)[0, 1].abs() < 5 / math.sqrt(20_000)
+
+
 def test_state_takes_four_bytes_for_a_parameter_and_the_weight_two():
     p = parameter(1.0, count=1000)
     adam = optimizer(p)
@@ -214,6 +222,8 @@ def test_no_gradient_is_longer_than_clip_and_a_norm_that_stays_high_is_clipped_e
     adam = optimizer(p, q, clip=1.0)
     for _ in range(2):
         assert step(adam, (p, torch.tensor([3.0])), (q, torch.tensor([4.0]))) == 5.0
+    # twice a fifth of the gradient, but for the larger share of the one that came first
+    assert min(adam.state[x]["mean"].item() / g for x, g in ((p, 3), (q, 4))) == pytest.approx(0.19 / 5, rel=1e-2)
     first = sorted(s.item() for s in scales[:2])  # in the order of backward, which is not ours to say
     assert first in ([pytest.approx(1 / 5), pytest.approx(1 / 3)], [pytest.approx(1 / 5), pytest.approx(1 / 4)])
     assert [s.item() for s in scales[2:]] == pytest.approx([1 / 5, 1 / 5])
