@@ -23,19 +23,21 @@ from nanollava.llava import Llava, LlavaConfig
 from nanollava.miniature.recipe import RECIPES, run_miniature
 from nanollava.projector import make_projector, whiten
 from nanollava.tokenizer import load_tokenizer
+from nanollava.train import distributed
 from nanollava.train.data import Dataset
 from nanollava.train.loop import Options, train
 from nanollava.train.records import Example, Report, group_by_image, hold_out, read_records
-from nanollava.train.resume import check_out, progress
+from nanollava.train.resume import alone, check_out, progress
 from nanollava.train.stages import STAGES, Stage
 from nanollava.weights import check_device
 
-ABOVE_0 = ("max_length", "lr", "projector_lr", "clip", "batch_size", "epochs", "steps", "log_every", "parallel")
+ABOVE_0 = ("max_length", "lr", "projector_lr", "clip", "batch_size", "epochs", "steps", "log_every", "parallel", "keep")
 NOT_NEGATIVE = ("weight_decay", "rows_at_once", "val_every", "save_every")
 SHARES = ("val_fraction", "warmup")  # from 0 up to, not including, 1
 
 
 def main(argv: list[str] | None = None) -> int:
+    distributed.hush()
     args = make_parser().parse_args(argv)
     forgive_encoding()
     try:
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         return 1
     except Exception as error:
-        return say(error)
+        return say(error) if distributed.may_tell() else 2
     return 0
 
 
@@ -68,8 +70,14 @@ def make_parser() -> argparse.ArgumentParser:
     mini.add_argument("--out", type=Path, default=Path("runs/miniature"), help="folder for everything made")
     mini.add_argument("--recipe", choices=list(RECIPES), default="demo", help="how much of everything")
     mini.add_argument("--bundle", type=Path, help="folder for the weights in half precision, to give away")
-    mini.set_defaults(run=lambda args: run_miniature(args.out, RECIPES[args.recipe], run, args.bundle))
+    mini.set_defaults(run=make_miniature)
     return parser
+
+
+def make_miniature(args: argparse.Namespace) -> None:
+    if distributed.processes() > 1:
+        raise Error("miniature trains in one process: start it without torchrun")
+    run_miniature(args.out, RECIPES[args.recipe], run, args.bundle)
 
 
 def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
@@ -102,6 +110,7 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--parallel", type=int, default=1, help="micro-batches computed side by side, for small models on a CPU")
     add("--share-images", action="store_true", help="records about one image share one copy of it; steps count images")
     add("--save-every", type=int, default=500, help="steps between checkpoints (0: only at the end)")
+    add("--keep", type=int, default=1, help="the last so many checkpoints stay: OUT, and in OUT/checkpoints (1)")
     add("--log-every", type=int, default=10, help="steps between lines")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -114,9 +123,12 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
 def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     """One stage from files to a folder."""
     check_numbers(args)
-    check_device(args.device)
-    check_out(args.out, args.resume)
+    device = distributed.join(args.device)
+    check_device(device)
+    with alone(args.out):
+        check_out(args.out, args.resume)
     torch.manual_seed(args.seed)
+    args.device = device if distributed.processes() == 1 else "cpu"  # shares are cut from what is there in full
     model = build_model(args)
     if model.tokenizer is None:
         raise Error(f"{args.model}: no tokenizer.model in it; training needs one")
@@ -125,11 +137,16 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
         print(f"--batch-size {args.batch_size}: there are {len(groups)} to draw, so a step takes all of them")
         args.batch_size = len(groups)
     steps = args.steps or max(1, round(args.epochs * len(groups) / args.batch_size))
+    if args.parallel > 1 and distributed.processes() > 1:
+        print(f"--parallel {args.parallel}: left out, the processes of torchrun compute side by side")
     options = Options(steps=steps, **{name: getattr(args, name) for name in Options.__annotations__ if name != "steps"})
     datasets = [Dataset(g, args.images, model.config) if g else None for g in (groups, val)]
     if getattr(args, "whiten", False) and not args.resume:
         whiten(model.projector, patch_features(model, datasets[0]))
+    distributed.shard(model, device)
+    distributed.let_tell()
     train(model, stage, *datasets, args.out, options, args.resume)
+    distributed.leave()
     print(f"{stage.name} is done: talk to it with  python chat.py {args.out}")
 
 
@@ -231,7 +248,8 @@ def refuse_or_skip(file: Path, args: argparse.Namespace, report: Report) -> None
         raise Error(f"{file}: {len(report.problems)} bad records; mend them, or leave them out with --skip-bad")
     listing = args.out.with_name(args.out.name + (".val" if file == args.val else "") + ".bad.txt")
     try:
-        listing.write_text("\n".join(report.problems) + "\n", encoding="utf-8", errors="backslashreplace")
+        if distributed.rank() == 0:
+            listing.write_text("\n".join(report.problems) + "\n", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise Error(f"{listing}: the list of bad records cannot be written ({error.strerror})") from error
     print(f"left out {len(report.problems)} bad records, listed in {listing}")

@@ -385,7 +385,7 @@ def test_a_kill_in_the_middle_of_saving_loses_nothing(trainer, talks, aligned, u
     words = [str(word) for word in ("stage2", *start, *STAGE_2)]
     done = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=Path(__file__).parents[1], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert sorted(os.listdir(tmp_path)) == [".killed.saving", "killed"]
+    assert sorted(os.listdir(tmp_path)) == [".killed.lock", ".killed.saving", "killed"]
     assert len(metrics(out)) == 3
     assert trainer.stage(2, talks, out, "--model", aligned, *STAGE_2, "--resume") == 0
     assert same_result(out, undisturbed) and os.listdir(tmp_path) == ["killed"]

@@ -2,7 +2,12 @@
 with all that --resume needs to go on as if nothing had happened."""
 
 import json
+import os
 import pickle
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +16,20 @@ import torch
 
 from nanollava.checkpoint import load, write
 from nanollava.error import Error, first_line
-from nanollava.folder import atomic_folder, check_writable, last_good, read_json
+from nanollava.folder import OWN, atomic_folder, check_writable, last_good, link, read_json
+from nanollava.train.distributed import gathered, rank, share_of, share_of_states, whole
+from nanollava.train.records import image_path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 if TYPE_CHECKING:
+    from nanollava.train.data import Dataset
     from nanollava.train.loop import Run
+
+BUSY = -1
+UNSHAPING = ("compile", "parallel", "keep")  # options that may change on --resume, as those that end in _every
 
 
 def progress(out: Path) -> str:
@@ -38,28 +53,93 @@ def check_out(out: Path, resume: bool) -> None:
     check_writable(out)
 
 
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Raises Error where another run writes to ``out``. The system forgets the lock on `.NAME.lock` with its process,
+    however that ends; where there are no such locks (Windows, some disks of the network) nothing is checked."""
+    lock = out.resolve().with_name(f".{out.resolve().name}.lock")
+    handle = None if fcntl is None or rank() else locked(lock)
+    if handle == BUSY:
+        raise Error(f"{out}: another run is writing to it; wait for its end, or choose another --out")
+    try:
+        yield
+    finally:
+        if handle is not None:
+            lock.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def locked(file: Path) -> int | None:
+    """A handle that holds the lock on a file; BUSY where another process has it, None where there are no locks."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return BUSY
+    except (OSError, ValueError):
+        return None
+    if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
+        return handle
+    os.close(handle)  # whoever had it removed it meanwhile: another file of that name would be another lock
+    return locked(file)
+
+
 def save(run: "Run", final: bool = False) -> None:
-    """The model, the metrics, and, unless the run is over, all that --resume needs."""
-    with atomic_folder(run.out) as folder:
-        write(run.model, folder)
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.metrics))
+    """The model, the metrics, and, unless the run is over, all that --resume needs: written by the first process, to
+    whom all others give their shares."""
+    with nullcontext() if rank() else atomic_folder(run.out) as folder:
+        model = whole(run.model)
+        if folder:
+            write(model, folder)
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.metrics))
+            if run.options.keep > 1 and run.saved:
+                keep_older(run.out, folder, f"step-{run.saved:06}", run.options.keep - 1)
+        del model
         if not final:
-            state = {"optimizers": [o.state_dict() for o in run.optimizers], "step": run.step}
-            torch.save(state | fingerprint(run), folder / "training.pt")
+            state = {"optimizers": [gathered(o.state_dict()) for o in run.optimizers], "step": run.step}
+            if folder:
+                torch.save(state | fingerprint(run), folder / "training.pt")
+    run.saved = run.step
+
+
+def keep_older(out: Path, new: Path, name: str, count: int) -> None:
+    """Give the folder that will replace ``out`` what is there now as checkpoints/NAME, beside the last of those kept
+    before, ``count`` in all. No file is written: each only gets another name, in a folder that is not in use yet."""
+    before, kept = out / "checkpoints", new / "checkpoints"
+    older = sorted(folder.name for folder in before.glob("step-*"))
+    surplus = older[: max(0, len(older) - count + 1)]
+    if before.is_dir():
+        leave_out = lambda folder, _: surplus if Path(folder) == before else []  # noqa: E731
+        shutil.copytree(before, kept, symlinks=True, ignore=leave_out, copy_function=link)
+    (kept / name).mkdir(parents=True, exist_ok=True)
+    for file in out.iterdir():
+        if file.is_file() and (any(map(file.match, OWN)) or (new / file.name).exists()):
+            link(file, kept / name / file.name)
 
 
 def fingerprint(run: "Run") -> dict:
     """What must be the same for a resumed run to give the losses of an undisturbed one, but for rounding: compiling
     and the number of parallel parts, like the machine, move the last bits."""
-    shaping = {
-        k: v for k, v in asdict(run.options).items() if not k.endswith("_every") and k not in ("compile", "parallel")
-    }
+    shaping = {k: v for k, v in asdict(run.options).items() if not k.endswith("_every") and k not in UNSHAPING}
     return {
         "stage": run.stage.name,
         "config": asdict(run.model.config),
         "data": f"{len(run.data):,} groups of records (checksum {run.data.checksum:08x})",
+        "images": f"files (sizes of the first: checksum {image_sizes(run.data):08x})",
         "options": shaping,
     }
+
+
+def image_sizes(data: "Dataset", count: int = 100) -> int:
+    """A number that tells another folder of images from this one: by the sizes of the first ``count`` files."""
+    value = 0
+    names = dict.fromkeys(name for examples in data.groups for example in examples for name in example.images)
+    for name in list(names)[:count]:
+        file = image_path(data.folder, name)
+        value = zlib.crc32(str(file.stat().st_size if file.exists() else None).encode(), value)
+    return value
 
 
 def restore(run: "Run") -> None:
@@ -69,11 +149,12 @@ def restore(run: "Run") -> None:
     for name, value in fingerprint(run).items():
         if state.get(name) != value:
             raise Error(f"{run.out}: the run there has a different {name}: {differences(state.get(name), value)}")
-    run.model.load_state_dict(load(folder, dtype=torch.float32).state_dict())
+    weights = load(folder, dtype=torch.float32).state_dict()
+    run.model.load_state_dict({name: share_of(weights[name], x) for name, x in run.model.state_dict().items()})
     try:
         for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        run.step = range(run.options.steps)[state["step"]]
+            optimizer.load_state_dict(share_of_states(saved, optimizer))
+        run.step = run.saved = range(run.options.steps)[state["step"]]
         run.metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise Error(f"{folder}: damaged ({first_line(error)}); choose another --out and start again") from error
