@@ -38,11 +38,16 @@ SHARES = ("val_fraction", "warmup")  # from 0 up to, not including, 1
 
 def main(argv: list[str] | None = None) -> int:
     distributed.hush()
-    args = make_parser().parse_args(argv)
+    try:
+        args = make_parser().parse_args(argv)
+    except SystemExit:
+        distributed.may_tell()  # or torchrun ends the first process before it has told
+        raise
     forgive_encoding()
     try:
         args.run(args)
     except (KeyboardInterrupt, BrokenPipeError) as error:
+        distributed.hush()
         saved = args.command != "miniature" and progress(args.out) == "begun"
         again = "the same command and --resume" if saved else "the same command"
         print(f"\ninterrupted: go on with {again}", file=sys.stderr)

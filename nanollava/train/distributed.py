@@ -173,6 +173,15 @@ def reach_all(model: Llava, loss: Callable[[Batch], Tensor]) -> Callable[[Batch]
     return everywhere
 
 
+def drop_zeros(model: Llava, batches: list[Batch]) -> None:
+    """After a step in which no process had an image the projector has no gradient, as in a run of one process: the
+    zeros that reach_all gave it would let its momentum move it."""
+    if processes() > 1:
+        (images,) = summed(sum(bool((batch.patches != NO_PATCH).any()) for batch in batches))
+        for p in model.projector.parameters():
+            p.grad = p.grad if images else None
+
+
 def whole(model: Llava) -> Llava:
     """The model with its weights gathered, in ordinary memory, at the first process; without numbers elsewhere."""
     if processes() == 1:

@@ -18,7 +18,7 @@ from nanollava.conversation import IGNORE
 from nanollava.error import Error
 from nanollava.llava import Batch, Llava
 from nanollava.train.data import Dataset
-from nanollava.train.distributed import level, norm, processes, rank, summed, union
+from nanollava.train.distributed import drop_zeros, level, norm, processes, rank, summed, union
 from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_memory, peak_memory, share_cores
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
 from nanollava.train.resume import alone, check_out, restore, save
@@ -125,6 +125,7 @@ class Run:
             return {"step": self.step, "loss": None, **rates, "grad_norm": None}
         self.targets, self.tokens = self.targets + targets, self.tokens + tokens
         (loss,) = summed(self.backward(batches, targets))
+        drop_zeros(self.model, batches)
         trained = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = norm(nn.utils.clip_grad_norm_(trained, self.options.clip))
         if not math.isfinite(loss + grad_norm):
