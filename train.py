@@ -25,9 +25,10 @@ from nanollava.projector import make_projector, whiten
 from nanollava.tokenizer import load_tokenizer
 from nanollava.train import distributed
 from nanollava.train.data import Dataset
+from nanollava.train.keep import alone
 from nanollava.train.loop import Options, train
 from nanollava.train.records import Example, Report, group_by_image, hold_out, read_records
-from nanollava.train.resume import alone, check_out, progress
+from nanollava.train.resume import check_out, progress
 from nanollava.train.stages import STAGES, Stage
 from nanollava.weights import check_device
 

@@ -19,9 +19,10 @@ from nanollava.error import Error
 from nanollava.llava import Batch, Llava
 from nanollava.train.data import Dataset
 from nanollava.train.distributed import drop_zeros, level, norm, processes, rank, summed, union
+from nanollava.train.keep import alone
 from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_memory, peak_memory, share_cores
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
-from nanollava.train.resume import alone, check_out, restore, save
+from nanollava.train.resume import check_out, restore, save
 from nanollava.train.stages import STAGES, Stage, freeze, parameter_table
 
 

@@ -2,12 +2,9 @@
 with all that --resume needs to go on as if nothing had happened."""
 
 import json
-import os
 import pickle
-import shutil
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,19 +13,15 @@ import torch
 
 from nanollava.checkpoint import load, write
 from nanollava.error import Error, first_line
-from nanollava.folder import OWN, atomic_folder, check_writable, last_good, link, read_json
+from nanollava.folder import atomic_folder, check_writable, last_good, read_json
 from nanollava.train.distributed import gathered, rank, share_of, share_of_states, whole
+from nanollava.train.keep import keep_older
 from nanollava.train.records import image_path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 if TYPE_CHECKING:
     from nanollava.train.data import Dataset
     from nanollava.train.loop import Run
 
-BUSY = -1
 UNSHAPING = ("compile", "parallel", "keep")  # options that may change on --resume, as those that end in _every
 
 
@@ -53,39 +46,6 @@ def check_out(out: Path, resume: bool) -> None:
     check_writable(out)
 
 
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Raises Error where another run writes to ``out``. The system forgets the lock on `.NAME.lock` with its process,
-    however that ends; where there are no such locks (Windows, some disks of the network) nothing is checked."""
-    lock = out.resolve().with_name(f".{out.resolve().name}.lock")
-    handle = None if fcntl is None or rank() else locked(lock)
-    if handle == BUSY:
-        raise Error(f"{out}: another run is writing to it; wait for its end, or choose another --out")
-    try:
-        yield
-    finally:
-        if handle is not None:
-            lock.unlink(missing_ok=True)
-            os.close(handle)
-
-
-def locked(file: Path) -> int | None:
-    """A handle that holds the lock on a file; BUSY where another process has it, None where there are no locks."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return BUSY
-    except (OSError, ValueError):
-        return None
-    if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
-        return handle
-    os.close(handle)  # whoever had it removed it meanwhile: another file of that name would be another lock
-    return locked(file)
-
-
 def save(run: "Run", final: bool = False) -> None:
     """The model, the metrics, and, unless the run is over, all that --resume needs: written by the first process, to
     whom all others give their shares."""
@@ -94,29 +54,14 @@ def save(run: "Run", final: bool = False) -> None:
         if folder:
             write(model, folder)
             (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.metrics))
-            if run.options.keep > 1 and run.saved:
-                keep_older(run.out, folder, f"step-{run.saved:06}", run.options.keep - 1)
+            if run.saved:
+                keep_older(run.out, folder, run.saved, run.options.keep - 1)
         del model
         if not final:
             state = {"optimizers": [gathered(o.state_dict()) for o in run.optimizers], "step": run.step}
             if folder:
                 torch.save(state | fingerprint(run), folder / "training.pt")
     run.saved = run.step
-
-
-def keep_older(out: Path, new: Path, name: str, count: int) -> None:
-    """Give the folder that will replace ``out`` what is there now as checkpoints/NAME, beside the last of those kept
-    before, ``count`` in all. No file is written: each only gets another name, in a folder that is not in use yet."""
-    before, kept = out / "checkpoints", new / "checkpoints"
-    older = sorted(folder.name for folder in before.glob("step-*"))
-    surplus = older[: max(0, len(older) - count + 1)]
-    if before.is_dir():
-        leave_out = lambda folder, _: surplus if Path(folder) == before else []  # noqa: E731
-        shutil.copytree(before, kept, symlinks=True, ignore=leave_out, copy_function=link)
-    (kept / name).mkdir(parents=True, exist_ok=True)
-    for file in out.iterdir():
-        if file.is_file() and (any(map(file.match, OWN)) or (new / file.name).exists()):
-            link(file, kept / name / file.name)
 
 
 def fingerprint(run: "Run") -> dict:
