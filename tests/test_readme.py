@@ -38,6 +38,7 @@ def test_every_flag_that_is_named_exists():
     stages = next(a for a in parser._actions if a.choices).choices
     known = {flag for p in stages.values() for a in p._actions for flag in a.option_strings}
     known |= {"--image", "--ask", "--as", "--fp16", "--world"}  # of chat.py, nanollava.checkpoint, nanollava.evaluate
+    known |= {"--nproc-per-node"}  # of torchrun
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) <= known
 
 

@@ -14,7 +14,7 @@ import torch
 from nanollava.checkpoint import load, write
 from nanollava.error import Error, first_line
 from nanollava.folder import atomic_folder, check_writable, last_good, read_json
-from nanollava.train.distributed import gathered, rank, share_of, share_of_states, whole
+from nanollava.train.distributed import gathered, processes, rank, share_of, share_of_states, whole
 from nanollava.train.keep import keep_older
 from nanollava.train.records import image_path
 
@@ -109,7 +109,7 @@ def restore(run: "Run") -> None:
 def read_state(file: Path) -> dict:
     """What ``save`` left for --resume. Raises Error where it is damaged."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=processes() > 1)  # all read the same
         return {"optimizers": [], "step": 0, **state}
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
         raise Error(f"{file}: damaged ({first_line(error)}); choose another --out and start again") from error
