@@ -118,16 +118,17 @@ def test_without_keep_one_stays_and_what_is_in_checkpoints_is_left_alone(trainer
     assert kept(tmp_path / "two") == ["best", "step-000008"]
 
 
-def test_a_run_that_went_back_to_a_kept_checkpoint_keeps_it_once_more(tmp_path):
-    """OUT is again what checkpoints/step-000006 is; 1,000,000 comes after 999,999."""
+@pytest.mark.parametrize(("step", "stay"), [(6, [6, 1_000_000]), (1_000_000, [999_999, 1_000_000])])
+def test_a_run_that_went_back_to_a_kept_checkpoint_keeps_it_once_more(step, stay, tmp_path):
+    """OUT is again what one of the folders in checkpoints is; 1,000,000 comes after 999,999."""
     out, new = tmp_path / "out", tmp_path / "new"
-    for folder in (out, *(out / "checkpoints" / f"step-{step:06}" for step in (6, 999_999, 1_000_000))):
+    for folder in (out, *(out / "checkpoints" / f"step-{number:06}" for number in (6, 999_999, 1_000_000))):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_text(folder.name)
     new.mkdir()
-    keep_older(out, new, 6, 2)
-    assert kept(new) == ["step-000006", "step-1000000"]
-    assert (new / "checkpoints" / "step-000006" / "model.safetensors").read_text() == "out"
+    keep_older(out, new, step, 2)
+    assert kept(new) == [f"step-{number:06}" for number in stay]
+    assert (new / "checkpoints" / f"step-{step:06}" / "model.safetensors").read_text() == "out"
 
 
 def begun(trainer, data: Path, out: Path, monkeypatch, *words: object) -> Path:

@@ -119,4 +119,9 @@ def differences(old: object, new: object) -> str:
     """The fields of two dictionaries that differ, or the two values."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return f"{old}, not {new}"
-    return ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in new if old.get(k) != new.get(k))
+    pairs = {name: (old.get(name), new[name]) for name in new if old.get(name) != new[name]}
+    deep = {name for name, pair in pairs.items() if all(isinstance(value, dict) for value in pair)}
+    return ", ".join(
+        f"{name}: {differences(*pair)}" if name in deep else f"{name} was {pair[0]}, now {pair[1]}"
+        for name, pair in pairs.items()
+    )
