@@ -7,7 +7,6 @@ The training commands:
 """
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -16,16 +15,16 @@ from pathlib import Path
 import torch
 
 from nanollava.checkpoint import load, load_language, load_vision
-from nanollava.config import LARGEST
 from nanollava.error import Error, forgive_encoding, say
 from nanollava.folder import last_good
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.miniature.recipe import RECIPES, run_miniature
 from nanollava.projector import make_projector, whiten
 from nanollava.tokenizer import load_tokenizer
-from nanollava.train import lora
+from nanollava.train import distributed, lora, settings
 from nanollava.train.budget import How, estimate, full_rows, outline, report
 from nanollava.train.data import Dataset
+from nanollava.train.keep import alone
 from nanollava.train.loop import Options, train
 from nanollava.train.machine import memory_in_use
 from nanollava.train.probe import largest, probe
@@ -34,17 +33,19 @@ from nanollava.train.resume import check_out, progress
 from nanollava.train.stages import STAGES, Stage, precision
 from nanollava.weights import check_device
 
-ABOVE_0 = ("max_length", "lr", "projector_lr", "clip", "batch_size", "epochs", "steps", "log_every", "parallel")
-NOT_NEGATIVE = ("weight_decay", "rows_at_once", "val_every", "save_every")
-SHARES = ("val_fraction", "warmup", "lora_dropout")  # from 0 up to, not including, 1
-
 
 def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    distributed.hush()
+    try:
+        args = make_parser().parse_args(argv)
+    except SystemExit:
+        distributed.may_tell()  # or torchrun ends the first process before it has told
+        raise
     forgive_encoding()
     try:
         args.run(args)
     except (KeyboardInterrupt, BrokenPipeError) as error:
+        distributed.hush()
         saved = args.command != "miniature" and not args.dry_run and progress(args.out) == "begun"
         again = "the same command and --resume" if saved else "the same command"
         print(f"\ninterrupted: go on with {again}", file=sys.stderr)
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         return 1
     except Exception as error:
-        return say(error)
+        return say(error) if distributed.may_tell() else 2
     return 0
 
 
@@ -72,8 +73,14 @@ def make_parser() -> argparse.ArgumentParser:
     mini.add_argument("--out", type=Path, default=Path("runs/miniature"), help="folder for everything made")
     mini.add_argument("--recipe", choices=list(RECIPES), default="demo", help="how much of everything")
     mini.add_argument("--bundle", type=Path, help="folder for the weights in half precision, to give away")
-    mini.set_defaults(run=lambda args: run_miniature(args.out, RECIPES[args.recipe], run, args.bundle))
+    mini.set_defaults(run=make_miniature)
     return parser
+
+
+def make_miniature(args: argparse.Namespace) -> None:
+    if distributed.processes() > 1:
+        raise Error("miniature trains in one process: start it without torchrun")
+    run_miniature(args.out, RECIPES[args.recipe], run, args.bundle)
 
 
 def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
@@ -109,6 +116,7 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--parallel", type=int, default=1, help="micro-batches computed side by side, for small models on a CPU")
     add("--share-images", action="store_true", help="records about one image share one copy of it; steps count images")
     add("--save-every", type=int, default=500, help="steps between checkpoints (0: only at the end)")
+    add("--keep", type=int, default=1, help="the last so many checkpoints stay: OUT, and in OUT/checkpoints (1)")
     add("--log-every", type=int, default=10, help="steps between lines")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -129,12 +137,14 @@ def add_lora(parser: argparse.ArgumentParser) -> None:
 
 def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     """One stage from files to a folder."""
-    check_numbers(args)
-    settle_lora(args, stage)
-    check_device(args.device)
+    settings.settle(args, stage)
+    device = distributed.join(args.device)
+    check_device(device)
     if not args.dry_run:
-        check_out(args.out, args.resume)
+        with alone(args.out):
+            check_out(args.out, args.resume)
     torch.manual_seed(args.seed)
+    args.device = device if distributed.processes() == 1 else "cpu"  # shares are cut from what is there in full
     model = build_model(args, stage, "meta" if args.dry_run else args.device)
     if args.dry_run and not args.data:
         work = full_rows(model.config, args.rows_at_once or args.batch_size)
@@ -146,13 +156,18 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
         print(f"--batch-size {args.batch_size}: there are {len(groups)} to draw, so a step takes all of them")
         args.batch_size = len(groups)
     steps = args.steps or max(1, round(args.epochs * len(groups) / args.batch_size))
+    if args.parallel > 1 and distributed.processes() > 1:
+        print(f"--parallel {args.parallel}: left out, the processes of torchrun compute side by side")
     options = Options(steps=steps, **{name: getattr(args, name) for name in Options.__annotations__ if name != "steps"})
     datasets = [Dataset(g, args.images, model.config) if g else None for g in (groups, val)]
     if args.dry_run:
         return probe_run(args, stage, datasets[0], options)
     if getattr(args, "whiten", False) and not args.resume:
         whiten(model.projector, patch_features(model, datasets[0]))
+    distributed.shard(model, device)
+    distributed.let_tell()
     train(model, stage, *datasets, args.out, options, args.resume)
+    distributed.leave()
     print(f"{stage.name} is done: talk to it with  python chat.py {args.out}")
 
 
@@ -163,50 +178,6 @@ def probe_run(args: argparse.Namespace, stage: Stage, data: Dataset, options: Op
     print(report(data.config, stage, how, work), flush=True)
     expected, before = estimate(outline(data.config, stage, how), how, work).peak, memory_in_use(device)
     print(probe(build_model(args, stage, args.device), stage, data, options, before, expected))
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """Raises Error for settings that make no sense, before anything is read."""
-    rules = (
-        (ABOVE_0, "above 0", lambda x: 0 < x < math.inf),
-        (NOT_NEGATIVE, "0 or more", lambda x: 0 <= x < math.inf),
-        (("seed",), "0 or more, and below 2^32", lambda x: 0 <= x < 2**32),
-        (("lr", "projector_lr"), "below 1000", lambda x: x < 1000),
-        (("lora", "lora_alpha"), "above 0 and below a million", lambda x: 0 < x < 1e6),
-        (SHARES, "at least 0 and below 1", lambda x: 0 <= x < 1),
-        (("max_length", "steps", "epochs"), f"at most {LARGEST:,}", lambda x: x <= LARGEST),
-    )
-    for names, expected, good in rules:
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not good(value):
-                raise Error(f"--{name.replace('_', '-')} is {value}: it must be {expected}")
-    for name in () if args.dry_run else ("data", "out"):
-        if getattr(args, name) is None:
-            raise Error(f"give --{name}; --dry-run alone does without")
-    if args.val and args.val_fraction:
-        raise Error("--val and --val-fraction: give one of them, not both")
-    if args.optimizer == "light" and args.parallel > 1:
-        raise Error("--optimizer light and --parallel: one updates inside backward, the other behind it; leave one out")
-
-
-def settle_lora(args: argparse.Namespace, stage: Stage) -> None:
-    """v1.5's settings where --lora is given without them. Raises Error for options that do not go with it."""
-    args.base = (getattr(args, "model", None) or args.language or Path()).resolve().name if args.lora else ""
-    if args.lora is None:
-        if args.lora_alpha is not None or args.lora_dropout is not None:
-            raise Error("--lora-alpha and --lora-dropout are settings of adapters: give --lora too, or leave them out")
-        args.lr = args.lr or stage.lr
-        return
-    if "language" not in stage.trained:
-        raise Error(f"--lora with {stage.name}: it trains the projector alone; adapters belong to stage2, leave it out")
-    if args.optimizer != "adamw":
-        raise Error(f"--lora with --optimizer {args.optimizer}: that is for whole matrices; leave one of them out")
-    args.lr, args.projector_lr = args.lr or lora.RATE, args.projector_lr or lora.PROJECTOR_RATE
-    args.lora_alpha = args.lora_alpha or 2 * args.lora
-    args.lora_dropout = lora.DROPOUT if args.lora_dropout is None else args.lora_dropout
-    if args.parallel > 1 and args.lora_dropout:
-        raise Error("--lora with --parallel: dropout must be drawn in order; give --lora-dropout 0, or leave one out")
 
 
 def build_model(args: argparse.Namespace, stage: Stage, device: str) -> Llava:
@@ -293,7 +264,8 @@ def refuse_or_skip(file: Path, args: argparse.Namespace, report: Report) -> None
         return
     listing = args.out.with_name(args.out.name + (".val" if file == args.val else "") + ".bad.txt")
     try:
-        listing.write_text("\n".join(report.problems) + "\n", encoding="utf-8", errors="backslashreplace")
+        if distributed.rank() == 0:
+            listing.write_text("\n".join(report.problems) + "\n", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise Error(f"{listing}: the list of bad records cannot be written ({error.strerror})") from error
     print(f"left out {len(report.problems)} bad records, listed in {listing}")

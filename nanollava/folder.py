@@ -258,12 +258,12 @@ def _carry_over(old: Path, new: Path) -> None:
         if any(map(item.match, OWN)) or (new / item.name).exists():
             continue
         if item.is_dir():
-            shutil.copytree(item, new / item.name, symlinks=True, copy_function=_link)
+            shutil.copytree(item, new / item.name, symlinks=True, copy_function=link)
         else:
-            _link(item, new / item.name)
+            link(item, new / item.name)
 
 
-def _link(file: str | Path, other: str | Path) -> None:
+def link(file: str | Path, other: str | Path) -> None:
     """Another name for a file, so that no bytes are written; a copy where the disk has no such thing."""
     try:
         os.link(file, other)

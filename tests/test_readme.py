@@ -39,6 +39,7 @@ def test_every_flag_that_is_named_exists():
     known = {flag for p in stages.values() for a in p._actions for flag in a.option_strings}
     known |= {"--image", "--ask", "--base", "--as", "--fp16", "--world"}  # of chat, nanollava.checkpoint and .evaluate
     known |= {"--local-dir"}  # of hf
+    known |= {"--nproc-per-node"}  # of torchrun
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) <= known
 
 

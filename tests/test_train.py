@@ -39,6 +39,7 @@ from nanollava.train.loop import draw_batches
 from nanollava.train.machine import share_cores
 from nanollava.train.records import Example
 from nanollava.train.stages import PARTS, STAGES, precision
+from nanollava.vit import VisionConfig, VisionTransformer
 
 N = 4  # patches of an image
 
@@ -387,7 +388,7 @@ def test_a_kill_in_the_middle_of_saving_loses_nothing(trainer, talks, aligned, u
     words = [str(word) for word in ("stage2", *start, *STAGE_2)]
     done = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=Path(__file__).parents[1], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert sorted(os.listdir(tmp_path)) == [".killed.saving", "killed"]
+    assert sorted(os.listdir(tmp_path)) == [".killed.lock", ".killed.saving", "killed"]
     assert len(metrics(out)) == 3
     assert trainer.stage(2, talks, out, "--model", aligned, *STAGE_2, "--resume") == 0
     assert same_result(out, undisturbed) and os.listdir(tmp_path) == ["killed"]
@@ -497,6 +498,21 @@ def test_a_run_is_not_resumed_as_another_stage_or_with_another_projector(trainer
     assert "stage2, not stage1" in refused(capsys, status, str(cut))
     status = trainer.stage(2, captions, cut, *STAGE_2, "--projector", "mlp2x_gelu", "--resume")
     assert "projector_type was linear, now mlp2x_gelu" in refused(capsys, status, str(cut))
+
+
+def test_a_run_is_not_resumed_with_another_language_model_or_tower(trainer, talks, tmp_path, cut, capsys):
+    """The fields in which the two models differ are named, not all that they have."""
+    wide, tall = tmp_path / "wide", tmp_path / "tall"
+    checkpoint.save_language(Llama(LlamaConfig(400, 48, 16, 3, 2, 1)), load_tokenizer(trainer.vicuna), wide)
+    checkpoint.save_vision(VisionTransformer(VisionConfig(24, 8, 16, 16, 2, 2)), tall)
+    words = ("--images", trainer.images, "--data", talks, "--out", cut, "--device", "cpu", *STAGE_2, "--resume")
+    for vision, language, told in (
+        (trainer.clip, wide, "language: hidden_size was 32, now 48, num_hidden_layers was 2, now 3, head_dim was"),
+        (tall, trainer.vicuna, "vision: image_size was 16, now 24"),
+    ):
+        status = trainer("stage2", "--vision", vision, "--language", language, *words)
+        line = refused(capsys, status, str(cut), f"different config: {told}")
+        assert len(line) < 300 and "vocab_size" not in line
 
 
 def test_resume_where_nothing_is_left_to_resume_says_so(trainer, captions, aligned, tmp_path, capsys):

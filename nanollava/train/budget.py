@@ -34,7 +34,6 @@ GB = 1e9
 CARDS = (8, 16, 24, 48, 80)  # their GB are 2^30 bytes: of the 7% more than 10^9, CUDA itself takes most
 
 
-
 @dataclass(frozen=True)
 class Work:
     """The largest micro-batch of a step, and how many of them there are."""

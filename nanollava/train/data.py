@@ -120,22 +120,26 @@ class Dataset:
             value = zlib.crc32(names, zlib.crc32(example.token_ids, value))
         return value
 
-    def batches(self, numbers: Iterable[int], rows_at_once: int = 0, parts: int = 1) -> list[Batch]:
+    def batches(
+        self, numbers: Iterable[int], rows_at_once: int = 0, parts: int = 1, share: tuple[int, int] = (0, 1)
+    ) -> list[Batch]:
         """The chosen groups packed into rows, ``rows_at_once`` of them in each micro-batch (0: ``parts`` micro-batches
-        with about equal shares).
+        with about equal shares). ``share`` (number, processes) takes one process's part of the rows.
 
-        A group whose image turns out damaged is left out, with a line on stderr.
+        A document whose image turns out damaged is left out, with a line on stderr.
         """
-        groups = [self.groups[n] for n in numbers]
-        names = sorted({name for examples in groups for example in examples for name in example.images})
-        pixels = dict(zip(names, self.pool.map(self.load, names), strict=True))
-        whole = [g for g in groups if all(pixels[name] is not None for name in g[0].images)]
         patches, limit = self.config.vision.num_patches, self.config.max_length
-        rows = pack((doc for examples in whole for doc in documents(examples, patches, limit)), limit)
+        docs = (doc for n in numbers for doc in documents(self.groups[n], patches, limit))
+        number, processes = share
+        rows = pack(docs, limit)[number::processes]  # the first rows are the fullest; whoever packs them, packs alike
+        names = sorted({name for row in rows for doc in row for name in doc.images})
+        pixels = dict(zip(names, self.pool.map(self.load, names), strict=True))
+        rows = [[doc for doc in row if all(pixels[name] is not None for name in doc.images)] for row in rows]
+        rows = list(filter(None, rows))
         if rows_at_once:
             chosen = [rows[i : i + rows_at_once] for i in range(0, len(rows), rows_at_once)]
         else:
-            chosen = [rows[i::parts] for i in range(min(parts, len(rows)))]  # the first rows are the fullest
+            chosen = [rows[i::parts] for i in range(min(parts, len(rows)))]
         return [collate(some, patches, pixels.__getitem__) for some in chosen]
 
     def damage(self) -> str:

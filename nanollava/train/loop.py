@@ -6,7 +6,7 @@ resume.py keeps the run's folder.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from nanollava.llava import Batch, Llava
 from nanollava.train import lora
 from nanollava.train.blocks import prepare_blocks
 from nanollava.train.data import Dataset
+from nanollava.train.distributed import drop_zeros, level, norm, processes, rank, summed, union
+from nanollava.train.keep import alone
 from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_memory, peak_memory, share_cores
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
 from nanollava.train.resume import check_out, restore, save
@@ -43,6 +45,7 @@ class Options:
     seed: int = 0
     val_every: int = 0  # steps between validation losses; 0: only at the end
     save_every: int = 0  # steps between checkpoints; 0: only at the end
+    keep: int = 1  # of them, the last so many stay
     log_every: int = 10
     compile: bool = False
     recompute: bool = False  # activations of the decoder's blocks, in backward, in place of keeping them
@@ -56,8 +59,9 @@ def train(
     model: Llava, stage: Stage, data: Dataset, val: Dataset | None, out: Path, options: Options, resume: bool = False
 ) -> None:
     """Train in place and leave the result in the folder ``out``. Raises Error where ``out`` does not suit."""
-    check_out(out, resume)
-    Run(model, stage, data, val, out, options).run(resume)
+    with alone(out):
+        check_out(out, resume)
+        Run(model, stage, data, val, out, options).run(resume)
 
 
 class Run:
@@ -73,12 +77,12 @@ class Run:
         model.config.stage = stage.name if stage.name in STAGES else ""
         model.config.template = stage.template
         self.on_cuda = model.device.type == "cuda"
-        self.parallel = options.parallel if model.device.type == "cpu" else 1
+        self.parallel = options.parallel if model.device.type == "cpu" and processes() == 1 else 1
         self.rates = {"projector": options.projector_lr or options.lr, "language": options.lr}
         parts = [(getattr(model, part), self.rates[part]) for part in stage.trained]
         self.optimizers = make_optimizers(parts, options.optimizer, options.weight_decay, options.clip, options.seed)
         self.light = self.optimizers[0] if options.optimizer == "light" else None  # updates inside backward
-        self.step, self.metrics = 0, []
+        self.step, self.saved, self.metrics = 0, 0, []
         self.tokens, self.targets, self.waited, self.started, self.first = 0, 0, 0.0, time.perf_counter(), 0
 
     def run(self, resume: bool) -> None:
@@ -92,8 +96,10 @@ class Run:
                 what = "no record that could be read has an answer within --max-length; see above"
                 raise Error(f"nothing was learnt: {what}")
             save(self, final=True)
-        for damage in filter(None, (data.damage() for data in (self.data, self.val) if data)):
-            print(damage, flush=True)
+        for data in filter(None, (self.data, self.val)):
+            data.broken = union(data.broken)
+            if damage := data.damage():
+                print(damage, flush=True)
 
     def prepare(self) -> None:
         """What makes the steps that follow faster."""
@@ -110,15 +116,17 @@ class Run:
             last = self.step == self.options.steps
             if self.val and (last or (self.options.val_every and self.step % self.options.val_every == 0)):
                 entry["val_loss"] = self.validate()
+            unread = None
             try:
                 self.report(entry, last)
-            except OSError:  # nobody reads what is printed any more, or a log's disk is full
-                save(self, final=last)
-                raise
+            except OSError as error:  # nobody reads what is printed any more, or a log's disk is full
+                unread = error
             due = self.options.save_every and self.step % self.options.save_every == 0
-            stop = interrupted()  # asked once: what it promises, a save, comes before the end
-            if not last and (due or stop):
-                save(self)
+            (stop,) = summed(bool(interrupted() or unread))  # asked once: the save that it promises precedes the end
+            if unread or (not last and (due or stop)):
+                save(self, final=last)
+            if unread:
+                raise unread
             if not last and stop:
                 raise KeyboardInterrupt
 
@@ -129,30 +137,31 @@ class Run:
         set_learning_rate(self.optimizers, share)
         rates = {"lr": share * self.options.lr, "projector_lr": share * self.rates["projector"]}
         self.step += 1
-        targets = count_targets(batches)
+        batches = level(batches)
+        targets, tokens = summed(count_targets(batches), sum(int((b.documents >= 0).sum()) for b in batches))
         if not targets:
             return {"step": self.step, "loss": None, **rates, "grad_norm": None}
+        self.targets, self.tokens = self.targets + targets, self.tokens + tokens
         if self.options.lora:
             lora.seed_dropout(self.model, self.options.seed, self.step)
-        loss = self.backward(batches, targets)
-        norm = self.light.finish() if self.light else self.clip()
-        if not math.isfinite(loss + norm):
+        (loss,) = summed(self.backward(batches, targets))
+        drop_zeros(self.model, batches)
+        grad_norm = self.light.finish() if self.light else self.clip()
+        if not math.isfinite(loss + grad_norm):
             what = "gradient" if math.isfinite(loss) else "loss"
             raise Error(f"step {self.step}: the {what} is not a finite number; start again with a lower --lr")
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return {"step": self.step, "loss": loss, **rates, "grad_norm": norm}
+        return {"step": self.step, "loss": loss, **rates, "grad_norm": grad_norm}
 
     def clip(self) -> float:
         """The norm of all gradients; where it is above --clip they are scaled down to it."""
         gradients = [p for p in self.model.parameters() if p.grad is not None]
-        return nn.utils.clip_grad_norm_(gradients, self.options.clip).item()
+        return norm(nn.utils.clip_grad_norm_(gradients, self.options.clip))
 
-    def backward(self, batches: list[Batch], targets: int) -> float:
-        """The mean loss over all ``targets`` of the micro-batches, and its gradients."""
-        self.targets += targets
-        self.tokens += sum(int((b.documents >= 0).sum()) for b in batches)
+    def backward(self, batches: list[Batch], targets: float) -> float:
+        """The summed loss of the micro-batches over ``targets``, the number of a whole step, and its gradients."""
         if self.parallel > 1:
             return self.backward_side_by_side(batches, targets)
         total = 0.0
@@ -164,7 +173,7 @@ class Run:
             total += loss.item()
         return total
 
-    def backward_side_by_side(self, batches: list[Batch], targets: int) -> float:
+    def backward_side_by_side(self, batches: list[Batch], targets: float) -> float:
         """The same in threads. They return gradients, which are added up here: threads may not add to one ``p.grad`` at
         the same time."""
         params, total = [p for p in self.model.parameters() if p.requires_grad], 0.0
@@ -187,7 +196,7 @@ class Run:
     def prefetch(self) -> Iterator[list[Batch]]:
         """Batches of the remaining steps in order; the next one is made while the last one is trained on."""
         numbers = draw_batches(len(self.data), self.options.batch_size, self.options.seed, self.step)
-        make = lambda: self.data.batches(next(numbers), self.options.rows_at_once, self.parallel)  # noqa: E731
+        make = lambda: self.batches(self.data, next(numbers))  # noqa: E731
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(make)
             for step in range(self.step, self.options.steps):
@@ -198,15 +207,21 @@ class Run:
                     ahead = pool.submit(make)
                 yield batches
 
+    def batches(self, data: Dataset, numbers: Iterable[int]) -> list[Batch]:
+        """This process's share of those groups."""
+        return data.batches(numbers, self.options.rows_at_once, self.parallel, (rank(), processes()))
+
     def validate(self) -> float | None:
         """Mean loss over the target tokens of the validation set; None where it has none."""
         total, targets = 0.0, 0
         self.model.eval()
         for first in range(0, len(self.val), self.options.batch_size):
             numbers = range(first, min(first + self.options.batch_size, len(self.val)))
-            batches = self.val.batches(numbers, self.options.rows_at_once, self.parallel)
-            total += sum(self.pool.map(self.loss_alone, batches))
+            batches = level(self.batches(self.val, numbers))
+            side_by_side = self.pool.map if self.parallel > 1 else map  # another thread has another default device
+            total += sum(side_by_side(self.loss_alone, batches))
             targets += count_targets(batches)
+        total, targets = summed(total, targets)
         return total / targets if targets else None
 
     @torch.no_grad()

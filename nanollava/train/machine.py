@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from nanollava.error import Error
+from nanollava.train.distributed import processes, rank
 
 
 def peak_memory(device: torch.device) -> float:
@@ -53,14 +54,17 @@ def share_cores(count: int) -> ThreadPoolExecutor:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C does not break into what runs inside: the function given says whether it was pressed. Twice does."""
+    """Ctrl-C does not break into what runs inside: the function given says whether it was pressed. Twice does, but not
+    under torchrun, which sends its processes once more what they have all heard themselves."""
     pressed = []
 
     def note(*_: object) -> None:
-        if pressed:
+        if pressed and processes() == 1:
             raise KeyboardInterrupt
+        if not pressed and rank() == 0:
+            twice = "; once more to stop at once" if processes() == 1 else ""
+            print(f"\nCtrl-C: saving after this step{twice}", file=sys.stderr, flush=True)
         pressed.append(True)
-        print("\nCtrl-C: saving after this step; once more to stop at once", file=sys.stderr, flush=True)
 
     mine = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT) if mine else signal.SIG_IGN

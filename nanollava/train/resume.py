@@ -3,6 +3,8 @@ with all that --resume needs to go on as if nothing had happened."""
 
 import json
 import pickle
+import zlib
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +15,16 @@ from nanollava.checkpoint import load, write
 from nanollava.error import Error, first_line
 from nanollava.folder import atomic_folder, check_writable, last_good, read_json
 from nanollava.train import lora
+from nanollava.train.distributed import gathered, processes, rank, share_of, share_of_states, whole
+from nanollava.train.keep import keep_older
+from nanollava.train.records import image_path
 
 if TYPE_CHECKING:
+    from nanollava.train.data import Dataset
     from nanollava.train.loop import Run
+
+# options that may change on --resume, as those that end in _every
+UNSHAPING = ("compile", "recompute", "parallel", "keep", "base")
 
 
 def progress(out: Path) -> str:
@@ -40,32 +49,50 @@ def check_out(out: Path, resume: bool) -> None:
 
 
 def save(run: "Run", final: bool = False) -> None:
-    """The model, the metrics, and, unless the run is over, all that --resume needs. Adapters are merged at the end."""
+    """The model, the metrics, and, unless the run is over, all that --resume needs: written by the first process, to
+    whom all others give their shares. Adapters are merged at the end."""
     if run.options.lora and final:
         lora.merge(run.model)
-    with atomic_folder(run.out) as folder:
-        if run.options.lora and not final:
-            lora.write_trained(run.model, folder, run.options)
-        else:
-            write(run.model, folder)
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.metrics))
+    with nullcontext() if rank() else atomic_folder(run.out) as folder:
+        model = whole(run.model)
+        if folder:
+            if run.options.lora and not final:
+                lora.write_trained(model, folder, run.options)
+            else:
+                write(model, folder)
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.metrics))
+            if run.saved:
+                keep_older(run.out, folder, run.saved, run.options.keep - 1)
+        del model
         if not final:
-            state = {"optimizers": [o.state_dict() for o in run.optimizers], "step": run.step}
-            torch.save(state | fingerprint(run), folder / "training.pt")
+            state = {"optimizers": [gathered(o.state_dict()) for o in run.optimizers], "step": run.step}
+            if folder:
+                torch.save(state | fingerprint(run), folder / "training.pt")
+    run.saved = run.step
 
 
 def fingerprint(run: "Run") -> dict:
     """What must be the same for a resumed run to give the losses of an undisturbed one, but for rounding: compiling,
     recomputing and the number of parallel parts, like the machine, may move the last bits."""
-    free = ("compile", "recompute", "parallel", "base")
-    shaping = {k: v for k, v in asdict(run.options).items() if not k.endswith("_every") and k not in free}
+    shaping = {k: v for k, v in asdict(run.options).items() if not k.endswith("_every") and k not in UNSHAPING}
     return {
         "stage": run.stage.name,
         "config": asdict(run.model.config),
         "data": f"{len(run.data):,} groups of records (checksum {run.data.checksum:08x})",
+        "images": f"files (sizes of the first: checksum {image_sizes(run.data):08x})",
         "options": shaping,
         **({"base": run.base} if run.base else {}),
     }
+
+
+def image_sizes(data: "Dataset", count: int = 100) -> int:
+    """A number that tells another folder of images from this one: by the sizes of the first ``count`` files."""
+    value = 0
+    names = dict.fromkeys(name for examples in data.groups for example in examples for name in example.images)
+    for name in list(names)[:count]:
+        file = image_path(data.folder, name)
+        value = zlib.crc32(str(file.stat().st_size if file.exists() else None).encode(), value)
+    return value
 
 
 def restore(run: "Run") -> None:
@@ -78,11 +105,12 @@ def restore(run: "Run") -> None:
     if run.options.lora:
         lora.read_trained(run.model, folder)
     else:
-        run.model.load_state_dict(load(folder, dtype=torch.float32).state_dict())
+        weights = load(folder, dtype=torch.float32).state_dict()
+        run.model.load_state_dict({name: share_of(weights[name], x) for name, x in run.model.state_dict().items()})
     try:
         for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        run.step = range(run.options.steps)[state["step"]]
+            optimizer.load_state_dict(share_of_states(saved, optimizer))
+        run.step = run.saved = range(run.options.steps)[state["step"]]
         run.metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise Error(f"{folder}: damaged ({first_line(error)}); choose another --out and start again") from error
@@ -92,7 +120,7 @@ def restore(run: "Run") -> None:
 def read_state(file: Path) -> dict:
     """What ``save`` left for --resume. Raises Error where it is damaged."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=processes() > 1)  # all read the same
         return {"optimizers": [], "step": 0, **state}
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
         raise Error(f"{file}: damaged ({first_line(error)}); choose another --out and start again") from error
@@ -102,4 +130,9 @@ def differences(old: object, new: object) -> str:
     """The fields of two dictionaries that differ, or the two values."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return f"{old}, not {new}"
-    return ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in new if old.get(k) != new.get(k))
+    pairs = {name: (old.get(name), new[name]) for name in new if old.get(name) != new[name]}
+    deep = {name for name, pair in pairs.items() if all(isinstance(value, dict) for value in pair)}
+    return ", ".join(
+        f"{name}: {differences(*pair)}" if name in deep else f"{name} was {pair[0]}, now {pair[1]}"
+        for name, pair in pairs.items()
+    )

@@ -1,0 +1,328 @@
+"""Two processes under torchrun (gloo, on a CPU) against one: losses, gradients, weights, folders, mistakes, Ctrl-C.
+
+The oracle is the same command without torchrun, which test_train.py holds to the records one by one.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from nanollava import checkpoint
+from nanollava.checkpoint import load
+from nanollava.error import Error
+from nanollava.llama import Llama, LlamaConfig
+from nanollava.tokenizer import load_tokenizer
+from nanollava.train import distributed, loop
+from nanollava.train.data import documents, pack
+from nanollava.train.records import read_records
+from nanollava.train.stages import STAGES
+
+ROOT = Path(__file__).parents[1]
+TOGETHER = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+LONGEST = 150  # positions of a row: two records never share one
+WORKER = """
+import json, sys, torch
+torch.set_num_threads(1)
+import train
+from nanollava.train import distributed, loop
+distributed.leave = lambda: None  # several commands, one after the other
+report = loop.Run.report
+for cut, words in json.loads(sys.argv[1]):
+    def cut_short(self, *rest):
+        if self.step == cut:
+            raise KeyboardInterrupt
+        report(self, *rest)
+    loop.Run.report = cut_short
+    assert train.main(words) == (130 if cut else 0), words
+"""
+FAILS = """
+import sys, torch
+import train
+from nanollava.error import Error
+from nanollava.train import distributed, loop
+distributed.GRACE = 0.5
+def fails(self, batches):
+    if distributed.rank() == 1:
+        raise Error("this one has had enough")
+    distributed.summed(0)  # waits for the other
+loop.Run.update = fails
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def record(name: str, image: str | None, *turns: str) -> dict:
+    conversations = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+    return {"id": name, **({"image": image} if image else {}), "conversations": conversations}
+
+
+CAPTIONS = [record(f"c{i}", f"{name}.png", "<image>", f"A ball and {i} stars.") for i, name in enumerate("abcd")]
+TEXTS = [record(f"t{i}", None, f"What is {i}?", f"It is {i} and {i * i}.") for i in range(3)]
+TALKS = [
+    record("a1", "a.png", "<image>\nWhat color is the ball?", "The ball is blue."),
+    record("a2", "a.png", "<image>\nWhat color is the star?", "Red."),
+    *TEXTS[:2],
+    record("b1", "b.png", "What is this?\n<image>", "A star.", "And its size?", "It is small."),
+    record("c1", "c.png", "<image>\nIs there a circle?", "There are three."),
+]
+BROKEN = [record("x", "half.png", "<image>\nWhat?", "No."), record("y", "half.png", "<image>\nWhy?", "So.")]
+SHORT = ("--max-length", LONGEST, "--lr", 1e-2, "--log-every", 1)
+RESUMED = (2, TALKS, "--steps", 6, "--batch-size", 3, "--save-every", 2, *SHORT)
+CASES = {
+    "stage 1, three rows": (
+        1,
+        CAPTIONS,
+        "--steps",
+        5,
+        "--batch-size",
+        3,
+        "--projector",
+        "mlp2x_gelu",
+        "--max-length",
+        20,
+    ),
+    "three rows, validation on five": (*RESUMED, "--val-every", 2, "--val", TALKS[:5]),
+    "one row": (2, TALKS, "--steps", 8, "--batch-size", 1, *SHORT),
+    "five rows, one at a time": (2, TALKS, "--steps", 4, "--batch-size", 5, "--rows-at-once", 1, *SHORT),
+    "text alone": (2, TEXTS, "--steps", 4, "--batch-size", 3, "--save-every", 2, "--keep", 2, *SHORT),
+    "shared images, Muon": (2, TALKS, "--steps", 4, "--optimizer", "muon", "--share-images", "--parallel", 2, *SHORT),
+    "one matrix for words in and out": (2, TALKS, "--steps", 4, "--language", "tied", *SHORT),
+    "damaged pictures": (2, TALKS[:3] + BROKEN, "--steps", 3, "--batch-size", 5, *SHORT),
+    "a step of damaged pictures": (2, TALKS[:1] + BROKEN[:1], "--steps", 4, "--batch-size", 1, *SHORT),
+}
+
+
+@pytest.fixture(scope="module")
+def place(trainer, tmp_path_factory) -> Path:
+    """A folder with images, one of them cut in half, and a language model with one matrix for words in and out."""
+    place = tmp_path_factory.mktemp("distributed")
+    shutil.copytree(trainer.images, place / "images")
+    (place / "images" / "half.png").write_bytes((trainer.images / "a.png").read_bytes()[:900])
+    torch.manual_seed(1)
+    tied = Llama(LlamaConfig(400, 32, 16, 2, 2, 1, tie_word_embeddings=True))
+    checkpoint.save_language(tied, load_tokenizer(trainer.vicuna), place / "tied")
+    return place
+
+
+@pytest.fixture(scope="module")
+def command(trainer, place):
+    """A function: (case, name of the folder to make) -> the words of the command."""
+
+    def command(case: tuple, out: str, *more: object) -> list[str]:
+        stage, records, *words = case
+        start = {"--vision": trainer.clip, "--language": trainer.vicuna, "--images": place / "images"}
+        for i, word in enumerate(words):
+            if isinstance(word, list):
+                words[i] = write(place, word)
+            if word == "tied":
+                words[i] = place / "tied"
+        parts = {**start, "--device": "cpu", "--out": place / out}
+        all_words = (
+            f"stage{stage}",
+            "--data",
+            write(place, records),
+            *(x for pair in parts.items() for x in pair),
+            *words,
+            *more,
+        )
+        return [str(word) for word in all_words]
+
+    return command
+
+
+def write(folder: Path, records: list[dict]) -> Path:
+    file = folder / f"{'-'.join(item['id'] for item in records)}.json"
+    file.write_text(json.dumps(records))
+    return file
+
+
+def launch(*words: object, limit: float = 120) -> subprocess.CompletedProcess:
+    """Two processes of a Python command; all are ended where they take too long."""
+    line = [*TOGETHER, *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=limit)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(line, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def runs(place, command, tmp_path_factory) -> subprocess.CompletedProcess:
+    """All cases by one process and by two: NAME.1 and NAME.2; two runs cut by the other kind and gone on with."""
+    for name, case in CASES.items():
+        assert train.main(command(case, f"{name}.1")) == 0
+    cut(command(RESUMED, "one, then two"))
+    script = tmp_path_factory.mktemp("worker") / "worker.py"
+    script.write_text(WORKER)
+    commands = [(None, command(case, f"{name}.2")) for name, case in CASES.items()]
+    commands += [(None, command(RESUMED, "one, then two", "--resume")), (3, command(RESUMED, "two, then one"))]
+    done = launch(script, json.dumps(commands))
+    assert done.returncode == 0, done.stderr
+    assert train.main(command(RESUMED, "two, then one", "--resume")) == 0
+    return done
+
+
+def cut(words: list[str]) -> None:
+    """A run that is ended in its third step, after a save at its second."""
+    report = loop.Run.report
+
+    def cut_short(self, *rest):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        report(self, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Run, "report", cut_short)
+        assert train.main(words) == 130
+
+
+def metrics(folder: Path) -> list[dict]:
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if name != "tokens_per_s"} for entry in entries]
+
+
+def known(entry: dict) -> dict:
+    return {name: value for name, value in entry.items() if value is not None}
+
+
+def agree(one: Path, other: Path) -> None:
+    """Losses, norms of gradients, rates and weights to what float32 sums in another order differ by."""
+    for mine, theirs in zip(metrics(one), metrics(other), strict=True):
+        assert {name for name in mine if mine[name] is None} == {name for name in theirs if theirs[name] is None}
+        assert known(mine) == pytest.approx(known(theirs), rel=1e-5)
+    mine, theirs = load(one).state_dict(), load(other).state_dict()
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_give_the_losses_and_the_weights_of_one(name, place, runs):
+    agree(place / f"{name}.1", place / f"{name}.2")
+
+
+def test_two_records_never_share_a_row(place, runs):
+    """So that a step of three has three rows, and a step of one leaves a process without any."""
+    model = load(place / "one row.1")
+    for stage, records, limit in (("stage1", CAPTIONS, 20), ("stage2", TALKS, LONGEST), ("stage2", TEXTS, LONGEST)):
+        template = STAGES[stage].template
+        examples, _ = read_records(write(place, records), place / "images", model.tokenizer, model.config, template)
+        docs = [doc for example in examples for doc in documents([example], 4, limit)]
+        assert len(pack(docs, limit)) == len(records)
+
+
+@pytest.mark.parametrize("name", ["one, then two", "two, then one"])
+def test_a_run_goes_on_with_another_number_of_processes(name, place, runs):
+    assert "resuming at step 2 of 6" in runs.stdout or name == "two, then one"
+    whole = metrics(place / "three rows, validation on five.1")
+    for mine, theirs in zip(metrics(place / name), whole, strict=True):
+        assert mine == pytest.approx({k: v for k, v in theirs.items() if k != "val_loss"}, rel=1e-5)
+    mine, theirs = (load(place / folder).state_dict() for folder in (name, "three rows, validation on five.1"))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_is_the_same_whoever_writes_it(place, runs):
+    for name in CASES:
+        one, two = (
+            sorted(p.relative_to(place / f"{name}.{n}") for p in (place / f"{name}.{n}").rglob("*")) for n in "12"
+        )
+        assert one == two and Path("model.safetensors") in one
+    assert (place / "text alone.2" / "checkpoints" / "step-000002" / "training.pt").is_file()
+
+
+def test_one_process_prints_and_damage_is_told_by_whoever_found_it(place, runs):
+    assert runs.stdout.count("stage1 is done") == 1 and runs.stdout.count("records read in") == len(CASES) + 3
+    assert runs.stdout.count("--parallel 2: left out, the processes of torchrun compute side by side") == 1
+    assert runs.stdout.count("skipped: 2 records, for 1 damaged images") == 1
+    assert "half.png" in runs.stderr
+
+
+# ---------------------------------------------------------------- mistakes and Ctrl-C
+
+
+def test_a_mistake_that_all_make_is_one_line(command, place):
+    words = command(RESUMED, "mistake")
+    words[words.index("--data") + 1] = str(place / "nowhere.json")
+    done = launch("train.py", *words)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and errors == [f"error: {place / 'nowhere.json'}: " + errors[0].split(": ", 2)[2]]
+    assert done.stderr.count("Traceback") == 1  # torchrun's own last words
+
+
+def test_a_mistake_of_one_ends_all_and_is_one_line(command, tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    done = launch(tmp_path / "fails.py", *command(RESUMED, "one fails"))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and errors == ["error: this one has had enough"]
+    assert done.stderr.count("Traceback") == 1
+
+
+@pytest.fixture
+def heeding_ctrl_c():
+    """Python's own answer to Ctrl-C, also where the tests were started deaf to it, as background jobs are."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_ctrl_c")
+def test_ctrl_c_saves_once_and_is_resumed(command, place):
+    """Pressed at a terminal it reaches torchrun and all its processes, and torchrun passes it on once more."""
+    words = command((2, TALKS, "--steps", 10_000, "--batch-size", 3, "--save-every", 0, *SHORT), "pressed")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*TOGETHER, "train.py", *words],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
+    ) as process:  # fmt: skip
+        try:
+            assert any(" 3/10000 " in line for line in process.stdout)
+            os.killpg(process.pid, signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert err.count("Ctrl-C: saving after this step") == 1
+    assert err.count("interrupted: go on with the same command and --resume") == 1
+    steps = len(metrics(place / "pressed"))
+    assert steps >= 3 and torch.load(place / "pressed" / "training.pt")["step"] == steps
+    assert sorted(p.name for p in place.iterdir() if "pressed" in p.name) == ["pressed"]
+
+
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """As if torchrun had started this process, without another one to be found."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_what_cannot_be_done_together_is_one_line(one_of_two, tmp_path, capsys):
+    assert train.main(["miniature", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "error: miniature trains in one process: start it without torchrun\n"
+    with pytest.raises(Error, match="--device mps: several processes train on cuda or on cpu"):
+        distributed.join("mps")
+    with pytest.raises(Error, match=r"do not find each other \(.*MASTER_ADDR.*\); start them by torchrun"):
+        distributed.join("cpu")
+    one_of_two.setattr(torch.cuda, "is_available", lambda: True)
+    one_of_two.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(Error, match="2 processes or more on a machine of 1 GPUs: say --nproc-per-node 1"):
+        distributed.join("cuda")
+
+
+def test_without_torchrun_nothing_is_shared():
+    batch, model = object(), object()
+    assert distributed.processes() == 1 and distributed.rank() == 0 and distributed.may_tell()
+    assert distributed.summed(1, 2.5) == [1, 2.5] and distributed.level([batch]) == [batch]
+    assert distributed.whole(model) is model and distributed.union({"a"}) == {"a"}
