@@ -6,9 +6,11 @@ resume.py keeps the run's folder.
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,6 +24,8 @@ from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
 from nanollava.train.resume import check_out, restore, save
 from nanollava.train.stages import STAGES, Stage, freeze, parameter_table
+
+AHEAD = 3  # steps: enough that one slow batch, or a save, makes no other wait
 
 
 @dataclass
@@ -67,7 +71,8 @@ class Run:
         parts = [(getattr(model, part), self.rates[part]) for part in stage.trained]
         self.optimizers = make_optimizers(parts, options.optimizer, options.weight_decay)
         self.step, self.metrics = 0, []
-        self.tokens, self.targets, self.waited, self.started, self.first = 0, 0, 0.0, time.perf_counter(), 0
+        self.tokens, self.positions, self.targets = 0, 0, 0  # trained on since this process began
+        self.waited, self.started, self.first = 0.0, time.perf_counter(), 0
 
     def run(self, resume: bool) -> None:
         if resume:
@@ -112,9 +117,9 @@ class Run:
         set_learning_rate(self.optimizers, share)
         rates = {"lr": share * self.options.lr, "projector_lr": share * self.rates["projector"]}
         self.step += 1
-        targets = count_targets(batches)
+        targets, padding = count_targets(batches), self.count_padding(batches)
         if not targets:
-            return {"step": self.step, "loss": None, **rates, "grad_norm": None}
+            return {"step": self.step, "loss": None, **rates, "grad_norm": None, "padding": padding}
         loss = self.backward(batches, targets)
         norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.options.clip)
         if not math.isfinite(loss + norm):
@@ -123,12 +128,18 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return {"step": self.step, "loss": loss, **rates, "grad_norm": float(norm)}
+        return {"step": self.step, "loss": loss, **rates, "grad_norm": float(norm), "padding": padding}
+
+    def count_padding(self, batches: list[Batch]) -> float:
+        """The share of a step's positions that hold nothing; all are added to what the run has seen."""
+        tokens = sum(int((b.documents >= 0).sum()) for b in batches)
+        positions = sum(b.documents.numel() for b in batches)
+        self.tokens, self.positions = self.tokens + tokens, self.positions + positions
+        return round(1 - tokens / positions, 4) if positions else 0.0
 
     def backward(self, batches: list[Batch], targets: int) -> float:
         """The mean loss over all ``targets`` of the micro-batches, and its gradients."""
         self.targets += targets
-        self.tokens += sum(int((b.documents >= 0).sum()) for b in batches)
         if self.parallel > 1:
             return self.backward_side_by_side(batches, targets)
         total = 0.0
@@ -159,18 +170,21 @@ class Run:
             return self.model.loss(batch.to(self.model.device))
 
     def prefetch(self) -> Iterator[list[Batch]]:
-        """Batches of the remaining steps in order; the next one is made while the last one is trained on."""
+        """Batches of the remaining steps in order; those of the next ``AHEAD`` are made while one is trained on."""
         numbers = draw_batches(len(self.data), self.options.batch_size, self.options.seed, self.step)
-        make = lambda: self.data.batches(next(numbers), self.options.rows_at_once, self.parallel)  # noqa: E731
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(make)
-            for step in range(self.step, self.options.steps):
+        rest = islice(numbers, self.options.steps - self.step)
+        make = lambda chosen: self.data.batches(chosen, self.options.rows_at_once, self.parallel)  # noqa: E731
+        pool = ThreadPoolExecutor(1)
+        try:
+            ahead = deque(pool.submit(make, chosen) for chosen in islice(rest, AHEAD))
+            while ahead:
                 began = time.perf_counter()
-                batches = ahead.result()
+                batches = ahead.popleft().result()
                 self.waited += time.perf_counter() - began
-                if step + 1 < self.options.steps:
-                    ahead = pool.submit(make)
+                ahead.extend(pool.submit(make, chosen) for chosen in islice(rest, 1))
                 yield batches
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def validate(self) -> float | None:
         """Mean loss over the target tokens of the validation set; None where it has none."""
@@ -197,7 +211,8 @@ class Run:
             told = "  ".join(f"{name} none" if x is None else f"{name} {x:.4f}" for name, x in losses.items())
             print(
                 f"{self.stage.name} {self.step:>5}/{self.options.steps}  {told}  "
-                f"{entry['tokens_per_s']:,} tokens/s  waiting for data {100 * self.waited / elapsed:.0f}%  "
+                f"{entry['tokens_per_s']:,} tokens/s  padding {100 * (1 - self.tokens / max(1, self.positions)):.0f}%  "
+                f"waiting for data {100 * self.waited / elapsed:.0f}%  "
                 f"{peak_memory(self.model.device):.1f} GB  {minutes(left)} left",
                 flush=True,
             )
