@@ -24,6 +24,7 @@ from nanollava.tokenizer import load_tokenizer
 from nanollava.train import distributed, lora, settings
 from nanollava.train.budget import How, estimate, full_rows, outline, report
 from nanollava.train.data import Dataset
+from nanollava.train.features import FeatureCache
 from nanollava.train.keep import alone
 from nanollava.train.loop import Options, train
 from nanollava.train.machine import memory_in_use
@@ -115,6 +116,7 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--rows-at-once", type=int, default=0, help="rows in memory at once; fewer accumulate gradients (0: all)")
     add("--parallel", type=int, default=1, help="micro-batches computed side by side, for small models on a CPU")
     add("--share-images", action="store_true", help="records about one image share one copy of it; steps count images")
+    add("--cache-features", type=Path, metavar="DIR", help="keep the frozen tower's patch features of each image here")
     add("--save-every", type=int, default=500, help="steps between checkpoints (0: only at the end)")
     add("--keep", type=int, default=1, help="the last so many checkpoints stay: OUT, and in OUT/checkpoints (1)")
     add("--log-every", type=int, default=10, help="steps between lines")
@@ -159,7 +161,8 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     if args.parallel > 1 and distributed.processes() > 1:
         print(f"--parallel {args.parallel}: left out, the processes of torchrun compute side by side")
     options = Options(steps=steps, **{name: getattr(args, name) for name in Options.__annotations__ if name != "steps"})
-    datasets = [Dataset(g, args.images, model.config) if g else None for g in (groups, val)]
+    features = FeatureCache(args.cache_features, model) if args.cache_features and not args.dry_run else None
+    datasets = [Dataset(g, args.images, model.config, features) if g else None for g in (groups, val)]
     if args.dry_run:
         return probe_run(args, stage, datasets[0], options)
     if getattr(args, "whiten", False) and not args.resume:
@@ -228,7 +231,7 @@ def read_data(args: argparse.Namespace, model: Llava, stage: Stage) -> tuple[lis
 def patch_features(model: Llava, data: Dataset, images: int = 256) -> torch.Tensor:
     """(M N, C) patch features of M training images, ``images`` or fewer. Raises Error where there are none."""
     names = sorted({name for examples in data.groups for example in examples for name in example.images})
-    pixels = [p for p in map(data.load, names[:: -(-len(names) // images) or 1]) if p is not None]
+    pixels = [p for p in data.pool.map(data.load, names[:: -(-len(names) // images) or 1]) if p is not None]
     if not pixels:
         raise Error("--whiten: no image to learn the features' spread from; leave it out")
     batches = torch.stack(pixels).to(model.vision.pre_layrnorm.weight).split(64)  # its device and dtype

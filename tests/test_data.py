@@ -3,8 +3,12 @@
 The oracle takes each record alone through `encode` and the plain forward pass, without documents, branches or rows.
 """
 
+import dataclasses
 import functools
+import itertools
 import json
+import random
+import re
 
 import numpy as np
 import pytest
@@ -12,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from nanollava import llama
+from nanollava.attention import Mask, attention
 from nanollava.conversation import IGNORE, encode, images_from_record, messages_from_record
 from nanollava.error import Error
 from nanollava.images import preprocess
 from nanollava.llama import LlamaConfig
-from nanollava.llava import NO_PATCH, Llava, LlavaConfig, Spliced
+from nanollava.llava import NO_PATCH, Batch, Llava, LlavaConfig, Spliced
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
 from nanollava.tokenizer import Tokenizer
-from nanollava.train.data import Dataset, Document, collate, documents, pack
+from nanollava.train.data import Dataset, Document, best_fit, collate, documents, pack
 from nanollava.train.records import Example, group, group_by_image, image_path, read_list, read_records
 from nanollava.vit import VisionConfig
 
@@ -120,10 +126,18 @@ def packed(groups, folder, max_length=512, rows_at_once=0):
     return loss_and_gradients([model().loss(b) for b in batches]), sorted(targets.tolist()), batches
 
 
+@pytest.fixture(autouse=True)
+def float64(monkeypatch):
+    """Norms, angles and the last softmax are float32 in any model, by ``x.float()``: here that gives float64 too."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
 def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    """Loss and gradients. The model is float64; norms, angles and the last softmax are float32 always."""
+    """Loss and gradients, to ten digits of the largest number in each; but for the keys' biases, which move no softmax:
+    their gradients are zero, up to rounding."""
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
+        assert a.dtype == b.dtype == torch.float64
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10 * b.abs().max().item() + 1e-17)
 
 
 def singles(examples: list[Example]) -> list[list[Example]]:
@@ -206,6 +220,71 @@ def test_a_record_that_just_fits_is_not_counted_as_cut(read):
     assert [read(MIXED[:1], config(limit))[1].cut for limit in (length - 1, length, length + 1)] == [1, 0, 0]
 
 
+QUESTIONS = ("What color is the ball?", "What color is the star?", "Is there a circle?", "And?")
+ANSWERS = ("Red.", "The ball is blue.", "There are three shapes: a circle, a square and a triangle.", "No. " * 9)
+
+
+def random_record(draw: random.Random, name: str) -> dict:
+    """Text only, one image in the first turn, one in each turn, or several."""
+    turns = [text for _ in range(draw.randint(1, 3)) for text in (draw.choice(QUESTIONS), draw.choice(ANSWERS))]
+    kind, images = draw.choice(["text", "one", "again", "several"]), draw.choices(["a.png", "b.png", "c.png"], k=3)
+    if kind == "text":
+        return record(name, None, *turns)
+    if kind == "several":
+        return record(name, images, "<image> and <image>\n<image> " + turns[0], *turns[1:])
+    marked = [
+        f"<image>\n{text}" if i == 0 or (kind == "again" and i % 2 == 0) else text for i, text in enumerate(turns)
+    ]
+    return record(name, images[0], *marked)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_mix_has_the_loss_and_gradients_of_its_records_alone(seed, read, tokenizer, folder):
+    draw = random.Random(seed)
+    records = [random_record(draw, str(i)) for i in range(draw.randint(5, 12))]
+    expected, targets = one_by_one(records, tokenizer, folder)
+    examples, report = read(records)
+    assert len(examples) == len(records) and not report.problems and not report.cut
+    longest = max(len(e.token_ids) + len(e.images) * (N - 1) for e in examples)
+    grouping, limit = draw.choice([singles, group_by_image]), longest + draw.choice([0, 100, 2000])
+    found, found_targets, _ = packed(grouping(examples), folder, limit, rows_at_once=draw.choice([0, 1, 2]))
+    assert found_targets == targets
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("grouping", [singles, group_by_image], ids=["apart", "shared"])
+def test_no_position_sees_another_record_by_a_single_bit(grouping, read, folder, monkeypatch):
+    """Each record in turn gets other tokens and another picture, in the plain execution of the equation."""
+    monkeypatch.setattr(llama, "attention", functools.partial(attention, how="plain"))
+    groups = grouping(read(MIXED)[0])
+    (batch,) = Dataset(groups, folder, config(300)).batches(range(len(groups)))
+    rows = torch.arange(len(batch.documents)).unsqueeze(1).expand_as(batch.documents)
+    owners = torch.stack([rows, batch.documents, batch.branches], dim=-1)  # (B, T, 3): whose each position is
+    everyone = {tuple(o) for o in owners[batch.documents >= 0].tolist()}
+    beginnings = sum(branch == 0 for *_, branch in everyone)
+    assert len(everyone) - beginnings == 9 and beginnings == (grouping != singles)
+    assert 1 < len({row for row, *_ in everyone}) < 9
+
+    def logits(b: Batch) -> torch.Tensor:
+        x = model().embed(b.token_ids, b.patches, b.pixels)
+        hidden = model().language.hidden(x, b.positions, Mask(documents=b.documents, branches=b.branches))
+        return model().language.lm_head(hidden)
+
+    with torch.no_grad():
+        before = logits(batch)
+        for row, document, branch in everyone:
+            own = (owners == torch.tensor([row, document, branch])).all(-1)
+            sees = own if branch else (owners[..., :2] == torch.tensor([row, document])).all(-1)  # a shared beginning
+            images = batch.patches[own & (batch.patches != NO_PATCH)].unique() // N
+            token_ids, pixels = batch.token_ids.clone(), batch.pixels.clone()
+            token_ids[own & (token_ids != IMAGE)] += 1
+            shown_elsewhere = batch.patches[~sees & (batch.patches != NO_PATCH)] // N
+            mine = [i for i in images.unique().tolist() if i not in shown_elsewhere]
+            pixels[mine] += 1
+            after = logits(dataclasses.replace(batch, token_ids=token_ids, pixels=pixels))
+            assert torch.equal(after[~sees], before[~sees]) and not torch.equal(after[own], before[own])
+
+
 def test_sharing_pays_for_the_image_once(read, folder):
     examples, _ = read(MIXED)
     apart, shared = (packed(grouping(examples), folder)[2] for grouping in (singles, group_by_image))
@@ -273,20 +352,60 @@ def of_length(length: int) -> Document:
     return Document(Spliced([7] * length, [7] * length, [NO_PATCH] * length), list(range(length)), [1] * length, ())
 
 
+def packed_lengths(lengths: list[int], max_length: int) -> list[list[int]]:
+    return [[len(doc.positions) for doc in row] for row in pack(map(of_length, lengths), max_length)]
+
+
+def test_best_fit_worked_by_hand():
+    """6 opens a row, 5 another; 3 goes where 6 left 4 (first fit would too), 2 where 3 are left, not where 5 are."""
+    assert best_fit([6, 5, 3, 2, 4], limit=10) == [[0, 2], [1, 3], [4]]
+    assert best_fit([5, 6, 4], limit=10) == [[0], [1, 2]]  # first fit: [[0, 2], [1]]
+    assert best_fit([10, 10], limit=10) == [[0], [1]] and best_fit([], limit=10) == []
+
+
 def test_packing_worked_by_hand():
-    """The longest first, each into the first row with room."""
-    rows = pack(map(of_length, [1, 5, 3, 7, 4]), max_length=10)
-    assert [[len(doc.positions) for doc in row] for row in rows] == [[7, 3], [5, 4, 1]]
-    assert pack([], max_length=10) == []
+    """Two rows of 20 would do with 20 and 3; as few rows are filled evenly, so that little is padding."""
+    assert packed_lengths([1, 5, 3, 7, 4], 10) == [[7, 3], [5, 4, 1]]
+    assert packed_lengths([9, 8, 3, 3], 20) == [[9, 3], [8, 3]]
+    assert packed_lengths([10], 10) == [[10]] and packed_lengths([], 10) == []
 
 
-def test_packing_loses_nothing_exceeds_nothing_and_opens_no_row_in_vain():
-    lengths = torch.randint(1, 101, (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [[len(doc.positions) for doc in row] for row in pack(map(of_length, lengths), max_length=100)]
-    assert sorted(length for row in rows for length in row) == sorted(lengths)
-    assert max(map(sum, rows)) <= 100
-    for i, row in enumerate(rows):
-        assert all(sum(row) + later[0] > 100 for later in rows[i + 1 :])  # it did not fit where there was a row
+def first_fit_rows(lengths: list[int], limit: int) -> int:
+    """How many rows the plainest rule needs: the longest first, each into the first row with room."""
+    rows: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        i = next((i for i, used in enumerate(rows) if used + length <= limit), len(rows))
+        rows[i : i + 1] = [rows[i] + length if i < len(rows) else length]
+    return len(rows)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 100), (30, 60), (1, 12)])
+def test_packing_loses_nothing_exceeds_nothing_and_pads_no_more_than_the_plainest_rule(low, high):
+    needed, plainest, longest = 0, 0, 0
+    for seed in range(30):
+        lengths = torch.randint(low, high + 1, (40,), generator=torch.Generator().manual_seed(seed)).tolist()
+        rows = packed_lengths(lengths, 100)
+        assert sorted(length for row in rows for length in row) == sorted(lengths)
+        assert max(map(sum, rows)) <= 100
+        needed, plainest, longest = (
+            needed + len(rows),
+            plainest + first_fit_rows(lengths, 100),
+            longest + max(map(sum, rows)),
+        )
+    assert needed <= plainest and longest < 30 * 100
+
+
+@pytest.mark.parametrize("limit", [10, 11, 12])
+def test_the_rows_are_the_shortest_that_are_as_few(limit):
+    """Against every assignment of six lengths to the rows: here best fit finds the optimum."""
+    lengths = [5, 4, 3, 3, 2, 1]
+    rows = packed_lengths(lengths, limit)
+    assert len(rows) == 2
+    choices = itertools.product(range(2), repeat=6)
+    loads = (
+        max(sum(n for n, c in zip(lengths, choice, strict=True) if c == r) for r in range(2)) for choice in choices
+    )
+    assert max(map(sum, rows)) == min(loads)
 
 
 def test_collating_worked_by_hand():
@@ -418,7 +537,15 @@ def test_images_that_do_not_fit_are_an_error_and_not_cut(read, tokenizer):
     examples, report = read([GOOD], config(enough))  # but not for an answer
     assert (len(examples), report.cut, report.lost, report.problems) == (0, 1, 1, [])
     examples, report = read([GOOD], config(enough - 1))
-    assert (len(examples), report.cut) == (0, 0) and "1 images do not fit" in report.problems[0]
+    assert (len(examples), report.cut) == (0, 0) and len(report.problems) == 1
+    room = f"record good: it takes {enough} positions to the end of its last image (1 in all), a row has {enough - 1};"
+    assert report.problems[0] == f"{room} raise --max-length"
+
+
+def test_the_length_that_is_named_counts_every_image_up_to_the_last(read):
+    several = record("x", ["a.png", "b.png"], "<image> <image>?", "No. " * 40)
+    needed = int(re.search(r"takes (\d+) positions .* \(2 in all\)", read([several], config(20))[1].problems[0])[1])
+    assert [len(read([several], config(limit))[1].problems) for limit in (needed - 1, needed)] == [1, 0]
 
 
 def test_captions_need_an_image(read):

@@ -13,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -60,7 +61,8 @@ TALKS = [
     record("t2", None, "What is a circle?", "It is round."),
 ]
 MODEL_LINE = re.compile(
-    r"stage1 +(\d+)/40  loss \d+\.\d{4}  [\d,]+ tokens/s  waiting for data \d+%  \d+\.\d GB  \d+:\d\d left"
+    r"stage1 +(\d+)/40  loss \d+\.\d{4}  [\d,]+ tokens/s  padding \d+%  waiting for data \d+%  "
+    r"\d+\.\d GB  \d+:\d\d left"
 )
 
 
@@ -201,10 +203,55 @@ def test_metrics_have_a_line_for_each_step_and_the_terminal_one_for_some(trainer
     assert [entry["step"] for entry in entries] == list(range(1, 41))
     assert [entry["lr"] for entry in entries] == pytest.approx(rates, abs=1e-12)
     for entry in entries:
-        assert entry.keys() == {"step", "loss", "lr", "projector_lr", "grad_norm", "tokens_per_s"}
+        assert entry.keys() == {"step", "loss", "lr", "projector_lr", "grad_norm", "padding", "tokens_per_s"}
         assert 0 < entry["loss"] < 20 and entry["grad_norm"] > 0 and entry["tokens_per_s"] > 0
     shown = [match[1] for line in capsys.readouterr().out.splitlines() if (match := MODEL_LINE.fullmatch(line))]
     assert shown == ["1", "15", "30", "40"]
+
+
+def test_padding_is_counted_in_each_step_and_over_the_run(trainer, write, tmp_path, capsys):
+    """Steps of one caption each, rows rounded up to 64 positions: n of them are something."""
+    longer = [record(f"c{i}", "a.png", "<image>", "A ball. " * i) for i in (1, 5, 20)]
+    data, words = write(longer), ("--batch-size", 1, "--epochs", 2, "--log-every", 2)
+    assert trainer.stage(1, data, tmp_path / "out", *words) == 0
+    tokenizer = load_tokenizer(trainer.vicuna)
+    filled = [len(encode(messages_from_record(r), tokenizer, "plain", images=1)[0]) + N - 1 for r in longer]
+    rows = [-(-n // 64) * 64 for n in filled]
+    assert len(set(rows)) > 1
+    shares = [share for (share,) in metrics(tmp_path / "out", "padding")]
+    assert (
+        sorted(shares[:3])
+        == sorted(shares[3:])
+        == [
+            pytest.approx(share, abs=1e-4) for share in sorted(1 - n / row for n, row in zip(filled, rows, strict=True))
+        ]
+    )
+    last = capsys.readouterr().out.split("stage1     6/6")[1]
+    assert f"padding {100 * (1 - sum(filled) / sum(rows)):.0f}%" in last  # over the run, not of its last step
+
+
+def test_batches_are_made_ahead_of_the_step_in_order(trainer, talks, aligned, tmp_path, monkeypatch):
+    """While each step is trained on, those of the next three get ready; no more than these."""
+    make, update, made, ready = Dataset.batches, loop.Run.update, [], []
+
+    def count(self, *rest):
+        made.append(rest[0])
+        return make(self, *rest)
+
+    def wait(self, batches):
+        enough = min(self.step + 1 + loop.AHEAD, 8)
+        until = time.monotonic() + 60
+        while len(made) < enough and time.monotonic() < until:
+            time.sleep(0.01)
+        ready.append(len(made) - enough)
+        return update(self, batches)
+
+    monkeypatch.setattr(Dataset, "batches", count)
+    monkeypatch.setattr(loop.Run, "update", wait)
+    words = ("--model", aligned, "--steps", 8, "--batch-size", 2)
+    assert trainer.stage(2, talks, tmp_path / "out", *words) == 0
+    drawn = draw_batches(len(TALKS), 2, 0)
+    assert ready == [0] * 8 and made == [next(drawn) for _ in range(8)]
 
 
 def test_the_validation_loss_is_that_of_its_records_one_by_one(trainer, talks, aligned, write, tmp_path):

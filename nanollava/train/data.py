@@ -10,6 +10,7 @@ record a branch behind it. The loss is that of the records one by one; the image
 import os
 import sys
 import zlib
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -23,6 +24,7 @@ from nanollava.conversation import IGNORE
 from nanollava.error import Error
 from nanollava.images import open_image, preprocess
 from nanollava.llava import NO_PATCH, Batch, LlavaConfig, Spliced, splice
+from nanollava.train.features import FeatureCache
 from nanollava.train.records import Example, image_path
 
 
@@ -69,19 +71,38 @@ def join_branches(spliced: list[Spliced], shared: int, images: tuple[str, ...]) 
 
 
 def pack(docs: Iterable[Document], max_length: int) -> list[list[Document]]:
-    """Rows of at most ``max_length`` positions: the longest document first, each into the first row with room."""
-    rows: list[tuple[int, list[Document]]] = []
-    for doc in sorted(docs, key=lambda d: -len(d.positions)):
-        length = len(doc.positions)
-        i = next((i for i, (used, _) in enumerate(rows) if used + length <= max_length), len(rows))
-        if i == len(rows):
-            rows.append((0, []))
-        rows[i] = (rows[i][0] + length, [*rows[i][1], doc])
-    return [docs for _, docs in rows]
+    """The fewest rows of at most ``max_length`` positions that best fit finds, and of these the shortest: rows of one
+    batch are padded to the longest of them, so all are filled about equally."""
+    docs = sorted(docs, key=lambda doc: -len(doc.positions))
+    lengths = [len(doc.positions) for doc in docs]
+    rows = best_fit(lengths, max_length)
+    if rows:
+        limits = range(max(lengths[0], -(-sum(lengths) // len(rows))), max_length)
+        enough = bisect_left(limits, True, key=lambda limit: len(best_fit(lengths, limit)) <= len(rows))
+        rows = best_fit(lengths, limits[enough]) if enough < len(limits) else rows
+    return [[docs[number] for number in row] for row in rows]
+
+
+def best_fit(lengths: list[int], limit: int) -> list[list[int]]:
+    """Numbers of the lengths in rows whose sums are at most ``limit``: each, in order, into the fullest row with room.
+    From the longest to the shortest it is best-fit decreasing (Johnson et al., 1974), never above 11/9 of the fewest
+    rows possible, and 4."""
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (free positions, row), sorted
+    for number, length in enumerate(lengths):
+        place = bisect_left(rooms, (length, 0))
+        if place == len(rooms):
+            room, row = limit, len(rows)
+            rows.append([])
+        else:
+            room, row = rooms.pop(place)
+        rows[row].append(number)
+        insort(rooms, (room - length, row))
+    return rows
 
 
 def collate(rows: list[list[Document]], num_patches: int, load: Callable[[str], torch.Tensor]) -> Batch:
-    """Rows of documents -> a batch; ``load`` gives the pixels (3, S, S) of an image name."""
+    """Rows of documents -> a batch; ``load`` gives what the model takes of an image name: pixels (3, S, S)."""
     length = -(-max(sum(len(d.positions) for d in row) for row in rows) // 64) * 64  # few shapes: fewer compilations
     fill = {"token_ids": 0, "labels": IGNORE, "patches": NO_PATCH, "positions": 0, "documents": -1, "branches": 0}
     table = {name: torch.full((len(rows), length), value) for name, value in fill.items()}
@@ -103,9 +124,16 @@ def collate(rows: list[list[Document]], num_patches: int, load: Callable[[str], 
 class Dataset:
     """Groups of examples by number, and the micro-batches made of them."""
 
-    def __init__(self, groups: list[list[Example]], folder: str | Path | None, config: LlavaConfig, workers: int = 2):
-        self.groups, self.folder, self.config = groups, folder, config
-        self.pool = ThreadPoolExecutor(workers)
+    def __init__(
+        self,
+        groups: list[list[Example]],
+        folder: str | Path | None,
+        config: LlavaConfig,
+        features: FeatureCache | None = None,
+    ):
+        self.groups, self.folder, self.config, self.features = groups, folder, config, features
+        workers = min(16, os.cpu_count() or 1)
+        self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
         self.broken: set[str] = set()  # images that failed in decoding
 
     def __len__(self) -> int:
@@ -149,6 +177,15 @@ class Dataset:
         return f"skipped: {records:,} records, for {len(self.broken):,} damaged images" if records else ""
 
     def load(self, name: str) -> torch.Tensor | None:
+        """What the model takes of an image: its pixels (3, S, S), or its patch features (N, C) where they are cached.
+
+        None, with a line on stderr the first time, where the file is damaged. Raises Error where it is gone.
+        """
+        if self.features:
+            return self.features.get(image_path(self.folder, name), lambda: self.pixels(name))
+        return self.pixels(name)
+
+    def pixels(self, name: str) -> torch.Tensor | None:
         file = image_path(self.folder, name)
         try:
             image = open_image(file)

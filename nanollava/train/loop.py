@@ -6,9 +6,11 @@ resume.py keeps the run's folder.
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,6 +28,8 @@ from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
 from nanollava.train.resume import check_out, image_sizes, restore, save
 from nanollava.train.stages import STAGES, Stage, freeze, parameter_table, set_precision
+
+AHEAD = 3  # steps: enough that one slow batch, or a save, makes no other wait
 
 
 @dataclass
@@ -84,7 +88,8 @@ class Run:
         self.light = self.optimizers[0] if options.optimizer == "light" else None  # updates inside backward
         self.step, self.saved, self.metrics = 0, 0, []
         self.image_sizes = image_sizes(data)  # now: a disk can go away in mid-run
-        self.tokens, self.targets, self.waited, self.started, self.first = 0, 0, 0.0, time.perf_counter(), 0
+        self.tokens, self.positions, self.targets = 0, 0, 0  # trained on since this process began
+        self.waited, self.started, self.first = 0.0, time.perf_counter(), 0
 
     def run(self, resume: bool) -> None:
         if resume:
@@ -139,10 +144,10 @@ class Run:
         rates = {"lr": share * self.options.lr, "projector_lr": share * self.rates["projector"]}
         self.step += 1
         batches = level(batches)
-        targets, tokens = summed(count_targets(batches), sum(int((b.documents >= 0).sum()) for b in batches))
+        (targets,), padding = summed(count_targets(batches)), self.count_padding(batches)
         if not targets:
-            return {"step": self.step, "loss": None, **rates, "grad_norm": None}
-        self.targets, self.tokens = self.targets + targets, self.tokens + tokens
+            return {"step": self.step, "loss": None, **rates, "grad_norm": None, "padding": padding}
+        self.targets += targets
         if self.options.lora:
             lora.seed_dropout(self.model, self.options.seed, self.step)
         (loss,) = summed(self.backward(batches, targets))
@@ -154,12 +159,19 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return {"step": self.step, "loss": loss, **rates, "grad_norm": grad_norm}
+        return {"step": self.step, "loss": loss, **rates, "grad_norm": grad_norm, "padding": padding}
 
     def clip(self) -> float:
         """The norm of all gradients; where it is above --clip they are scaled down to it."""
         gradients = [p for p in self.model.parameters() if p.grad is not None]
         return norm(nn.utils.clip_grad_norm_(gradients, self.options.clip))
+
+    def count_padding(self, batches: list[Batch]) -> float:
+        """The share of a step's positions that hold nothing; all are added to what the run has seen."""
+        filled = sum(int((b.documents >= 0).sum()) for b in batches)
+        tokens, positions = summed(filled, sum(b.documents.numel() for b in batches))
+        self.tokens, self.positions = self.tokens + tokens, self.positions + positions
+        return round(1 - tokens / positions, 4) if positions else 0.0
 
     def backward(self, batches: list[Batch], targets: float) -> float:
         """The summed loss of the micro-batches over ``targets``, the number of a whole step, and its gradients."""
@@ -195,18 +207,21 @@ class Run:
             return self.model.loss(batch.to(self.model.device))
 
     def prefetch(self) -> Iterator[list[Batch]]:
-        """Batches of the remaining steps in order; the next one is made while the last one is trained on."""
+        """Batches of the remaining steps in order; those of the next ``AHEAD`` are made while one is trained on."""
         numbers = draw_batches(len(self.data), self.options.batch_size, self.options.seed, self.step)
-        make = lambda: self.batches(self.data, next(numbers))  # noqa: E731
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(make)
-            for step in range(self.step, self.options.steps):
+        rest = islice(numbers, self.options.steps - self.step)
+        make = lambda chosen: self.batches(self.data, chosen)  # noqa: E731
+        pool = ThreadPoolExecutor(1)
+        try:
+            ahead = deque(pool.submit(make, chosen) for chosen in islice(rest, AHEAD))
+            while ahead:
                 began = time.perf_counter()
-                batches = ahead.result()
+                batches = ahead.popleft().result()
                 self.waited += time.perf_counter() - began
-                if step + 1 < self.options.steps:
-                    ahead = pool.submit(make)
+                ahead.extend(pool.submit(make, chosen) for chosen in islice(rest, 1))
                 yield batches
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def batches(self, data: Dataset, numbers: Iterable[int]) -> list[Batch]:
         """This process's share of those groups."""
@@ -240,7 +255,8 @@ class Run:
             told = "  ".join(f"{name} none" if x is None else f"{name} {x:.4f}" for name, x in losses.items())
             print(
                 f"{self.stage.name} {self.step:>5}/{self.options.steps}  {told}  "
-                f"{entry['tokens_per_s']:,} tokens/s  waiting for data {100 * self.waited / elapsed:.0f}%  "
+                f"{entry['tokens_per_s']:,} tokens/s  padding {100 * (1 - self.tokens / max(1, self.positions)):.0f}%  "
+                f"waiting for data {100 * self.waited / elapsed:.0f}%  "
                 f"{peak_memory(self.model.device):.1f} GB  {minutes(left)} left",
                 flush=True,
             )

@@ -68,7 +68,8 @@ def make_example(record: dict, tokenizer: Tokenizer, config: LlavaConfig, templa
     room = config.max_length - marks * (config.vision.num_patches - 1)
     last = max((i for i, token in enumerate(token_ids) if token == IMAGE_TOKEN_ID), default=-1)
     if last >= room:
-        raise Error(f"{marks} images do not fit into {config.max_length} positions; raise --max-length")
+        need = f"{last + 1 + marks * (config.vision.num_patches - 1):,} positions to the end of its last image"
+        raise Error(f"it takes {need} ({marks} in all), a row has {config.max_length:,}; raise --max-length")
     return Example(np.array(token_ids, np.int32), np.array(labels, np.int32), tuple(images))
 
 

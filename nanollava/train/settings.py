@@ -50,7 +50,12 @@ def check_numbers(args: Any) -> None:
 
 def check_processes(args: Any) -> None:
     """Raises Error for what one process alone can do."""
-    asked = {"--lora": args.lora, "--optimizer light": args.optimizer == "light", "--dry-run": args.dry_run}
+    asked = {
+        "--cache-features": args.cache_features,
+        "--lora": args.lora,
+        "--optimizer light": args.optimizer == "light",
+        "--dry-run": args.dry_run,
+    }
     if processes() > 1 and (alone := [option for option, given in asked.items() if given]):
         raise Error(f"{alone[0]} works in one process: start without torchrun, or leave it out")
 
