@@ -190,7 +190,8 @@ def cut(words: list[str]) -> None:
 
 def metrics(folder: Path) -> list[dict]:
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in entry.items() if name != "tokens_per_s"} for entry in entries]
+    own = ("tokens_per_s", "padding")  # rows of several processes are filled up apart
+    return [{name: value for name, value in entry.items() if name not in own} for entry in entries]
 
 
 def known(entry: dict) -> dict:

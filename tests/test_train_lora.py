@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import train
 from nanollava import folder as files
 from nanollava.checkpoint import load, save
-from nanollava.train import loop, lora, resume
+from nanollava.train import loop, lora, resume, settings
 from nanollava.train.stages import STAGES, freeze
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -121,7 +121,7 @@ def test_without_numbers_the_settings_are_those_of_v15(tmp_path):
         ([], (None, None, None, 2e-5, None)),
     ):
         args = train.make_parser().parse_args([*words, *given])
-        train.settle_lora(args, train.STAGES["stage2"])
+        settings.settle_lora(args, train.STAGES["stage2"])
         assert (args.lora, args.lora_alpha, args.lora_dropout, args.lr, args.projector_lr) == expected
 
 
