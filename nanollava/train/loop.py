@@ -22,7 +22,7 @@ from nanollava.train.distributed import drop_zeros, level, norm, processes, rank
 from nanollava.train.keep import alone
 from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_memory, peak_memory, share_cores
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
-from nanollava.train.resume import check_out, restore, save
+from nanollava.train.resume import check_out, image_sizes, restore, save
 from nanollava.train.stages import STAGES, Stage, freeze, parameter_table
 
 
@@ -71,6 +71,7 @@ class Run:
         parts = [(getattr(model, part), self.rates[part]) for part in stage.trained]
         self.optimizers = make_optimizers(parts, options.optimizer, options.weight_decay)
         self.step, self.saved, self.metrics = 0, 0, []
+        self.image_sizes = image_sizes(data)  # now: a disk can go away in mid-run
         self.tokens, self.targets, self.waited, self.started, self.first = 0, 0, 0.0, time.perf_counter(), 0
 
     def run(self, resume: bool) -> None:

@@ -72,7 +72,7 @@ def fingerprint(run: "Run") -> dict:
         "stage": run.stage.name,
         "config": asdict(run.model.config),
         "data": f"{len(run.data):,} groups of records (checksum {run.data.checksum:08x})",
-        "images": f"files (sizes of the first: checksum {image_sizes(run.data):08x})",
+        "images": f"files (sizes of the first: checksum {run.image_sizes:08x})",
         "options": shaping,
     }
 
