@@ -28,9 +28,10 @@ from nanollava.llava import Llava
 class FeatureCache:
     """The patch features of images, from disk or, the first time, from the tower.
 
-    They are computed one image at a time, so that they do not depend on which images came together, and kept in the
-    dtype that the projector computes in: float32 on a CPU, bfloat16 on CUDA. From here on ``model.vision`` takes patch
-    features in the place of pixels, and hands them on. Raises Error where ``folder`` cannot be written to.
+    They are computed one image at a time, so that no bit depends on which images came together (a matrix product of
+    more rows may round otherwise), and kept in the dtype that the projector computes in: float32 on a CPU, bfloat16 on
+    CUDA. From here on ``model.vision`` takes patch features in the place of pixels, and hands them on. Raises Error
+    where ``folder`` cannot be written to.
     """
 
     def __init__(self, folder: Path, model: Llava):
