@@ -98,14 +98,19 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--val", type=Path, help="records for a validation loss")
     add("--val-fraction", type=float, default=0.0, help="or: this share of --data, kept out of training")
     add("--val-every", type=int, default=0, help="steps between validation losses (0: at the end)")
-    add(
-        "--projector", choices=("linear", "mlp2x_gelu"), help="the paper's (the default), or v1.5's, as llava-hf has it"
-    )
+    add("--projector", choices=("linear", "mlp2x_gelu"), help="the paper's (the default), or v1.5's and llava-hf's")
     add("--image-aspect-ratio", choices=("crop", "pad"), help="how pictures become squares (crop)")
     add("--max-length", type=int, help="positions of a row after splicing (2048)")
+    add_lora(parser)
+    add_steps(parser, stage)
+    parser.set_defaults(run=lambda args: run_stage(args, stage))
+
+
+def add_steps(parser: argparse.ArgumentParser, stage: Stage) -> None:
+    """How the weights move, and what is kept of it."""
+    add = parser.add_argument
     add("--lr", type=float, help=f"learning rate ({stage.lr}; {lora.RATE} with --lora)")
     add("--projector-lr", type=float, help="learning rate of the projector, where it differs")
-    add_lora(parser)
     add("--optimizer", choices=("adamw", "light", "muon"), default="adamw", help="light: in less memory")
     add("--weight-decay", type=float, default=0.0)
     add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises (0.03)")
@@ -127,7 +132,6 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--skip-bad", action="store_true", help="leave bad records out, write their list to OUT.bad.txt")
     add("--dry-run", action="store_true", help="tell memory and, with --data, hours after ten steps; save nothing")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    parser.set_defaults(run=lambda args: run_stage(args, stage))
 
 
 def add_lora(parser: argparse.ArgumentParser) -> None:

@@ -113,10 +113,7 @@ def _load_over_base(
         raise Error(f"{projector}: no such file; a LoRA run keeps its projector there, is the download complete?")
     kind = files.read_json(base / "config.json")
     fields.check_kind(kind, base / "config.json", "llama", "llava", "llava_llama")
-    start = None
-    if kind["model_type"] != "llama":
-        holds = language_folder(base) == base and _has_tower(base, LLAVA_HF if "text_config" in kind else LLAVA)
-        start = load(base, device, dtype, None if holds else vision)
+    start = None if kind["model_type"] == "llama" else _load_base(base, kind, vision, device, dtype)
     known = start.config.language if start else fields.language_config(kind, base / "config.json")
     sizes = fields.language_config(config, folder / "config.json")
     marks = _trained_marks(projector, sizes.vocab_size) if config.get("mm_use_im_start_end") else None
@@ -145,6 +142,12 @@ def _load_over_base(
     elif not adapted:
         model.config.stage, model.config.template = "stage1", config.get("template") or "plain"
     return model
+
+
+def _load_base(base: Path, config: dict, vision: str | Path | None, device: Device, dtype: Dtype) -> Llava:
+    """A LLaVA as a base: a tower that was given is for it only where it holds none."""
+    holds = language_folder(base) == base and _has_tower(base, LLAVA_HF if "text_config" in config else LLAVA)
+    return load(base, device, dtype, None if holds else vision)
 
 
 def _same_tower(one: dict, other: dict) -> bool:
