@@ -64,7 +64,7 @@ def compare(args: argparse.Namespace) -> None:
 def stage2(miniature: Path, out: Path, optimizer: str, seed: int, steps: int, lr: float, batch_size: int = 8) -> None:
     """One run, as `train.py stage2 --share-images --batch-size 8 --optimizer OPTIMIZER --seed SEED` does it."""
     stage, world = STAGES["stage2"], miniature / "world"
-    model = load(miniature / "stage1", dtype=precision("language", stage, optimizer, "cpu"))
+    model = load(miniature / "stage1", dtype=precision("language", stage, optimizer, "cpu", lora=False))
     groups = {}
     for name in ("instruct", "instruct_val"):
         examples, _ = read_records(world / f"{name}.json", world / "images", model.tokenizer, model.config, "vicuna_v1")
