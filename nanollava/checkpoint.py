@@ -136,10 +136,11 @@ def _load_over_base(
     if model.tokenizer is None:
         model.tokenizer = start.tokenizer if start else _tokenizer(base, known.vocab_size)
     _learn_marks(model, marks, sizes.vocab_size)
-    if adapted and str(device) != "meta":
-        lora.merge(model.language, folder)
+    if adapted:
+        if str(device) != "meta":
+            lora.merge(model.language, folder)
         _settle_template(model, config)
-    elif not adapted:
+    else:
         model.config.stage, model.config.template = "stage1", config.get("template") or "plain"
     return model
 

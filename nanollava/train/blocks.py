@@ -11,9 +11,8 @@ from nanollava.llama import Llama
 def prepare_blocks(language: Llama, recompute: bool, compiled: bool) -> None:
     """Give the blocks of a decoder another ``forward``; names and weights stay as they are.
 
-    recompute: of a block only its input is kept, (B, T, D) numbers in place of about 20 times as many; backward runs it
-    once more (Chen et al., 2016, Training Deep Nets with Sublinear Memory Cost). The same numbers come out; a step
-    takes about a third longer.
+    recompute: of a block only its input is kept, (B, T, D) numbers; backward runs it once more (Chen et al., 2016,
+    Training Deep Nets with Sublinear Memory Cost). The same numbers come out, for one more forward pass.
     compiled: torch.compile, inside what is recomputed.
     """
     for block in language.layers:
