@@ -33,7 +33,7 @@ class Mask:
     """The pattern of one forward pass.
 
     causal     a query sees no key after it
-    offset     how many cached keys stand before the first query
+    offset     how many cached keys stand before the first query; a tensor (1,) where one program serves all lengths
     documents  (B, T of the keys) number of the document at each position; documents do not see each other
     branches   (B, T of the keys) within a document: 0 is a shared beginning that every branch sees,
                positions of different branches above 0 do not see each other
@@ -46,7 +46,7 @@ class Mask:
     """
 
     causal: bool = True
-    offset: int = 0
+    offset: int | Tensor = 0
     documents: Tensor | None = None
     branches: Tensor | None = None
 
@@ -87,8 +87,9 @@ def attention(mask: Mask, batch: int, queries: int, keys: int, device: torch.dev
     if how == "plain":
         return functools.partial(plain, mask.dense(batch, queries, keys, device))
     # a single new token sees the whole cache; is_causal lets query 0 see key 0 alone, so it is right without a cache
-    unmasked = not packed and (not mask.causal or (queries == 1 and keys == mask.offset + 1))
-    if unmasked or (not packed and mask.causal and mask.offset == 0 and queries == keys):
+    simple = not packed and not isinstance(mask.offset, Tensor)
+    unmasked = simple and (not mask.causal or (queries == 1 and keys == mask.offset + 1))
+    if unmasked or (simple and mask.causal and mask.offset == 0 and queries == keys):
         return functools.partial(F.scaled_dot_product_attention, is_causal=not unmasked, enable_gqa=True)
     dense = mask.dense(batch, queries, keys, device)
     return functools.partial(F.scaled_dot_product_attention, attn_mask=dense, enable_gqa=True)

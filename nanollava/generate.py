@@ -6,9 +6,7 @@ Batches (``generate``), streams (``stream``) and conversations (``Chat``) are vi
 Shapes: B batch, T positions of the longest prompt, M images, S image side, D language width, V vocabulary.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,64 +14,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nanollava.attention import Mask
 from nanollava.conversation import Message, encode, get_template
+from nanollava.decoding import FixedCache, next_logits
 from nanollava.error import Error, first_line
 from nanollava.images import open_image, preprocess, upright
 from nanollava.llama import Cache
 from nanollava.llava import NO_PATCH, Llava, pad
+from nanollava.sampling import GREEDY, Sampling, sample
 from nanollava.tokenizer import IMAGE_TOKEN, Tokenizer, need_tokenizer
 
 EOS_ID = 2  # </s> of every LLaMA vocabulary, for models that come without a tokenizer
 INCOMPLETE = "\ufffd"  # how a tokenizer shows bytes that are not yet a whole character
-
-
-# ---------------------------------------------------------------- logits become tokens
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How each next token is chosen. Raises Error on values that make no sense."""
-
-    temperature: float = 0.0  # 0: always the most likely token (greedy); 1: drawn with the model's own probabilities
-    top_p: float = 1.0  # draw among the most likely tokens that together reach this probability
-    top_k: int = 0  # draw among this many of the most likely tokens; 0: among all
-    max_new_tokens: int = 512
-    seed: int | None = None  # the same seed draws the same answer again; None: another one each time
-
-    def __post_init__(self):
-        for name in ("temperature", "top_p"):
-            self._require(name, isinstance(getattr(self, name), int | float), "a number")
-        for name in ("top_k", "max_new_tokens", "seed"):
-            optional = name == "seed" and self.seed is None
-            self._require(name, optional or isinstance(getattr(self, name), int), "a whole number")
-        self._require("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more")
-        self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        self._require("top_k", self.top_k >= 0, "0 (all tokens) or more")
-        self._require("max_new_tokens", self.max_new_tokens >= 1, "1 or more")
-        self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "0 or more, and below 2^63")
-
-    def _require(self, name: str, good: bool, expected: str) -> None:
-        if not good:
-            raise Error(f"{name} is {getattr(self, name)}: it must be {expected}")
-
-
-GREEDY = Sampling()
-
-
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """(B, V) logits -> (B,) token ids. top_k counts before top_p, as is usual."""
-    if sampling.temperature < torch.finfo(torch.float32).tiny:  # 0, or what float32 takes for it
-        return logits.argmax(dim=-1)
-    logits, ids = logits.float().sort(dim=-1, descending=True, stable=True)
-    logits = (logits - logits[:, :1]) / sampling.temperature  # the largest becomes 0, so that nothing overflows
-    if sampling.top_k:
-        logits[:, sampling.top_k :] = -math.inf
-    p = logits.softmax(dim=-1)
-    if sampling.top_p < 1:
-        likelier = p.cumsum(dim=-1) - p  # the probability of all tokens before this one
-        p[:, 1:] = p[:, 1:].masked_fill(likelier[:, 1:] >= sampling.top_p, 0)  # the first one always stays
-    return ids.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
 
 
 # ---------------------------------------------------------------- tokens become text
@@ -133,25 +84,25 @@ def decode(
     """
     ids, patches = model.splice_rows(prompts, 0 if pixels is None else len(pixels))
     answers = [Answer(model.tokenizer, stop, _room(model, len(row), sampling)) for row in ids]
-    padding = max(map(len, ids)) - torch.tensor([len(row) for row in ids], device=model.device)  # (B,)
-    capacity = max(map(len, ids)) + max(answer.room for answer in answers)
+    longest = max(map(len, ids))
+    padding = longest - torch.tensor([len(row) for row in ids], device=model.device)  # (B,)
+    padding = padding if padding.any() else None
+    capacity = longest + max(answer.room for answer in answers)
     cache = Cache(model.language.config, len(ids), capacity, model.device, model.language.embed_tokens.weight.dtype)
-    positions = torch.arange(capacity, device=model.device) - padding[:, None]  # (B, capacity), 0 at the first token
-    documents = -(positions < 0).int() if padding.any() else None  # padding is a document of its own, number -1
     generator = None if sampling.seed is None else torch.Generator(model.device).manual_seed(sampling.seed)
 
-    x = _embed(model, ids, patches, pixels)  # (B, T, D), later (B, 1, D)
+    logits = next_logits(model.language, _embed(model, ids, patches, pixels), cache, padding)
+    step = next_logits
+    if model.step is not None:
+        step, cache = model.step, FixedCache(cache)
     while True:
-        start, end = cache.length, cache.length + x.shape[1]
-        mask = Mask(offset=start, documents=None if documents is None else documents[:, :end])
-        hidden = model.language.hidden(x, positions[:, start:end].clamp(min=0), mask, cache)
-        tokens = sample(model.language.lm_head(hidden[:, -1]), sampling, generator)  # (B,)
+        tokens = sample(logits, sampling, generator)  # (B,)
         for answer, token in zip(answers, tokens.tolist(), strict=True):
             answer.add(token)
         yield answers
         if all(answer.done for answer in answers):
             return
-        x = model.language.embed_tokens(tokens).unsqueeze(1)
+        logits = step(model.language, model.language.embed_tokens(tokens).unsqueeze(1), cache, padding)
 
 
 def _room(model: Llava, length: int, sampling: Sampling) -> int:

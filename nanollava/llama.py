@@ -70,17 +70,21 @@ class Cache:
     """Keys and values of all positions so far, for decoding one token at a time; the memory is taken at once."""
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = batch, config.num_key_value_heads, capacity, config.head_dim
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.length = 0  # positions filled, the same in every layer between two forward passes
+
+    def span(self, T: int) -> int:
+        """How many keys ``extend`` returns when T more come."""
+        return self.length + T
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v, (B, K, T, E), behind what is there; return everything stored, (B, K, length + T, E)."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        end = self.span(k.shape[2])
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
 class SelfAttention(nn.Module):
@@ -151,11 +155,11 @@ class Llama(nn.Module):
         cache the mask's tensors span all its positions, filled and new.
         """
         B, T, _ = x.shape
-        past = cache.length if cache is not None else 0
+        past, keys = (cache.length, cache.span(T)) if cache is not None else (0, T)
         if positions is None:
             positions = torch.arange(past, past + T, device=x.device).expand(B, T)
         angles = rotary_angles(positions, self.config, x.dtype)
-        attend = attention(mask or Mask(offset=past), B, T, past + T, x.device)
+        attend = attention(mask or Mask(offset=past), B, T, keys, x.device)
         for block in self.layers:
             x = block(x, angles, attend, cache)
         if cache is not None:

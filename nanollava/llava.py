@@ -5,6 +5,7 @@
 Shapes: B batch, M images, S image side, N patches, C vision width, D language width, T positions, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,6 +106,7 @@ class Llava(nn.Module):
         self.vision = VisionTransformer(config.vision)
         self.projector = make_projector(config.projector_type, config.vision.hidden_size, config.language.hidden_size)
         self.language = Llama(config.language)
+        self.step: Callable[..., Tensor] | None = None  # a compiled step of decoding: decoding.compile_decoding
 
     @property
     def device(self) -> torch.device:
