@@ -253,15 +253,17 @@ def test_a_projector_that_brings_the_embedding_of_im_start_and_im_end(patch, who
     """As the first releases' stage 1 left it; with the row of <im_patch>, where that was added, nothing is done."""
     tokenizer, size = Tokenizer(tiny_tokenizer_file), 402 + patch
     model = over_base(tmp_path / "run", tokenizer, "linear")
-    marks = torch.randn(2, 48)
-    matrix = torch.cat([torch.zeros(400 + patch, 48), marks]) if whole else marks
+    start_end = torch.randn(2, 48)
+    matrix = torch.cat([torch.zeros(400 + patch, 48), start_end]) if whole else start_end
     stored = projector_of(model, "model.mm_projector.") | {"model.embed_tokens.weight": matrix}
     torch.save(stored, tmp_path / "run/mm_projector.bin")
     edit(tmp_path / "run/config.json", mm_use_im_start_end=True, vocab_size=size)
     for folder in (tmp_path / "run", tmp_path / "again"):
         loaded = load(folder)
         embedding, head = loaded.language.embed_tokens.weight, loaded.language.lm_head.weight
-        assert torch.equal(embedding[:400], model.language.embed_tokens.weight) and torch.equal(embedding[-2:], marks)
+        assert torch.equal(embedding[:400], model.language.embed_tokens.weight) and torch.equal(
+            embedding[-2:], start_end
+        )
         assert torch.equal(head[:400], model.language.lm_head.weight)
         assert torch.allclose(head[400:], model.language.lm_head.weight.mean(0).expand(2 + patch, -1), atol=1e-6)
         assert loaded.tokenizer.image_ids == [size - 2, IMAGE, size - 1]

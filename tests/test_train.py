@@ -367,14 +367,6 @@ def test_a_resumed_run_gives_the_losses_of_an_undisturbed_one_bit_for_bit(
     assert not (cut / "training.pt").exists()
 
 
-@pytest.fixture
-def heeding_ctrl_c():
-    """Python's own answer to Ctrl-C, also where the tests were started deaf to it, as background jobs are."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("heeding_ctrl_c")
 def test_ctrl_c_ends_the_step_saves_and_is_resumed(trainer, talks, aligned, undisturbed, tmp_path, monkeypatch, capsys):
     """In the middle of the fifth step; the last checkpoint asked for would be that of step 3."""
