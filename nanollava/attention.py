@@ -167,7 +167,11 @@ def masked(allowed: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flex(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) -> Attend:
-    """FlexAttention with the mask as its mask_mod; compiled on CUDA, eager (forward only) elsewhere."""
+    """FlexAttention with the mask as its mask_mod; compiled on CUDA, eager (forward only) elsewhere.
+
+    The block mask is made once for all layers, and not by a compiled function: it takes some hundred operations that
+    write no more than a bool for each query and key.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     on_cuda = torch.device(device).type == "cuda"
@@ -189,5 +193,5 @@ def can_compile_kernels() -> bool:
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
-    """torch.compile, once for each function: block masks change from batch to batch, the kernel does not."""
+    """torch.compile, once for each function: masks and lengths change from batch to batch, the kernel does not."""
     return torch.compile(function, dynamic=True)
