@@ -59,9 +59,9 @@ def check_base(trained: Trained, base: Path, known: LlamaConfig) -> None:
     added = (0,) if trained.start_end is None else (2, 3)  # rows; <im_patch> may be the third
     for name, here in vars(trained.language).items():
         there = getattr(known, name)
-        same = here - there in added if name == "vocab_size" else here == there
-        if not same and name != "max_position_embeddings":
-            was = f"{trained.folder} was trained over one with {here}"
+        fits = [here - more for more in added] if name == "vocab_size" else [here]
+        if there not in fits and name != "max_position_embeddings":
+            was = f"{trained.folder} was trained over one with {' or '.join(map(str, fits))}"
             raise Error(f"{base}: {name} is {there}, but {was}; give its base")
 
 
