@@ -115,7 +115,7 @@ def attention(mask: Mask, batch: int, queries: int, keys: int, device: torch.dev
 
 
 def fastest(mask: Mask, queries: int, device: torch.device) -> str:
-    """ "flex" for packed rows of FLEX_FROM positions or more on CUDA, where it can be compiled; "sdpa" otherwise."""
+    """Packed rows of FLEX_FROM positions or more on CUDA, where kernels can be compiled, take "flex", others "sdpa"."""
     fused = mask.packed and torch.device(device).type == "cuda" and queries >= FLEX_FROM and can_compile_kernels()
     return "flex" if fused else "sdpa"
 
