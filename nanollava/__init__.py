@@ -15,6 +15,8 @@ PUBLIC = {
     "encode": "conversation",
     "TEMPLATES": "conversation",
     "Chat": "generate",
+    "attention_maps": "attention",
+    "patch_attention": "maps",
     "Error": "error",
 }
 

@@ -7,8 +7,9 @@ A ``Mask`` describes the pattern. ``attention(mask, ...)`` turns it into a funct
 of a forward pass then shares:
 
     plain   the equation as it stands, for reading and for attention maps
-    sdpa    PyTorch's scaled_dot_product_attention (CPU, MPS, and the simple masks on CUDA)
+    sdpa    PyTorch's scaled_dot_product_attention (CPU, MPS; on CUDA the simple masks, and short packed rows)
     flex    FlexAttention under torch.compile: one CUDA kernel, blocks that the mask empties are never computed
+            (Dong et al., 2024)
 
 Shapes: B batch, T positions, H query heads, K key/value heads, E width of a head.
 """
@@ -18,7 +19,9 @@ import importlib.util
 import math
 import shutil
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +29,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# Positions from which a packed row takes flex on CUDA. Not measured here: on one H200, forward and backward of a 125M
+# decoder on rows of 8 documents, flex is reported to reach 0.72 of sdpa's tokens/s at 512 positions and 1.31 at 2,048
+# (KempnerInstitute/KempnerForge, pull request 207). `attention(..., how=)` takes either, to time them elsewhere.
+FLEX_FROM = 1024
+
+
+class Asked(threading.local):
+    """What is asked of the forward passes of a thread. Not a ContextVar: torch.compile cannot trace these."""
+
+    def __init__(self):  # once in each thread
+        self.maps: list[list[Tensor]] | None = None  # where attention maps go
+
+
+asked = Asked()
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,10 @@ class Mask:
     documents: Tensor | None = None
     branches: Tensor | None = None
 
+    @property
+    def packed(self) -> bool:
+        return self.documents is not None or self.branches is not None
+
     def allows(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Whether query q of row b may look at key k: integer tensors that broadcast, so it serves the dense mask as
         well as FlexAttention's mask_mod."""
@@ -64,8 +86,7 @@ class Mask:
 
     def dense(self, batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
         """(B or 1, 1, queries, keys) bool: the whole pattern written out."""
-        packed = self.documents is not None or self.branches is not None
-        b = torch.arange(batch if packed else 1, device=device).view(-1, 1, 1)
+        b = torch.arange(batch if self.packed else 1, device=device).view(-1, 1, 1)
         q = torch.arange(queries, device=device).view(1, -1, 1)
         k = torch.arange(keys, device=device).view(1, 1, -1)
         return self.allows(b, q, k).unsqueeze(1)
@@ -75,29 +96,56 @@ def attention(mask: Mask, batch: int, queries: int, keys: int, device: torch.dev
     """The function ``attend(q, k, v)`` that carries out ``mask``.
 
     q is (B, H, queries, E), k and v are (B, K, keys, E) with K dividing H; the result is (B, H, queries, E).
-    ``how`` is "plain", "sdpa" or "flex"; None takes flex for packed rows on CUDA, where it can be compiled, and sdpa
-    everywhere else.
+    ``how`` is "plain", "sdpa" or "flex"; None takes plain, and keeps the weights, inside ``attention_maps``, and
+    elsewhere what is fastest.
     """
-    packed = mask.documents is not None or mask.branches is not None
-    if how is None:
-        fused = packed and torch.device(device).type == "cuda" and queries > 1 and can_compile_kernels()
-        how = "flex" if fused else "sdpa"
+    if how is None and asked.maps is not None:
+        asked.maps.append([])
+        return functools.partial(plain, mask.dense(batch, queries, keys, device), layers=asked.maps[-1])
+    how = how or fastest(mask, queries, device)
     if how == "flex":
         return flex(mask, batch, queries, keys, device)
     if how == "plain":
         return functools.partial(plain, mask.dense(batch, queries, keys, device))
     # a single new token sees the whole cache; is_causal lets query 0 see key 0 alone, so it is right without a cache
-    simple = not packed and not isinstance(mask.offset, Tensor)
+    simple = not mask.packed and not isinstance(mask.offset, Tensor)
     unmasked = simple and (not mask.causal or (queries == 1 and keys == mask.offset + 1))
     if unmasked or (simple and mask.causal and mask.offset == 0 and queries == keys):
         return functools.partial(F.scaled_dot_product_attention, is_causal=not unmasked, enable_gqa=True)
-    dense = mask.dense(batch, queries, keys, device)
-    return functools.partial(F.scaled_dot_product_attention, attn_mask=dense, enable_gqa=True)
+    return functools.partial(masked, mask.dense(batch, queries, keys, device))
 
 
-def plain(allowed: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The equation itself. allowed is (B or 1, 1, queries, keys) bool."""
-    return attention_weights(allowed, q, k) @ repeat_heads(v, q)
+def fastest(mask: Mask, queries: int, device: torch.device) -> str:
+    """Packed rows of FLEX_FROM positions or more on CUDA, where kernels can be compiled, take "flex", others "sdpa"."""
+    fused = mask.packed and torch.device(device).type == "cuda" and queries >= FLEX_FROM and can_compile_kernels()
+    return "flex" if fused else "sdpa"
+
+
+@contextmanager
+def attention_maps() -> Iterator[list[list[Tensor]]]:
+    """Where each layer looks: ``with attention_maps() as maps: model(...)``.
+
+    maps[i][l] is (B, H, queries, keys), the softmax of the paper's equation in layer l of forward pass i: the vision
+    tower's (class token first) comes before the decoder's, and with a cache every step is a pass of its own. Maps have
+    the dtype of the queries, and no gradient. They are of the passes begun inside, in this thread, in plain execution;
+    of two blocks in each other the inner one gets them. Blocks recomputed in backward add theirs once more, if backward
+    runs inside: leave first.
+    """
+    maps: list[list[Tensor]] = []
+    before, asked.maps = asked.maps, maps
+    try:
+        yield maps
+    finally:
+        asked.maps = before
+        maps[:] = map(list, maps)  # nothing that happens from now on changes them
+
+
+def plain(allowed: Tensor, q: Tensor, k: Tensor, v: Tensor, layers: list[Tensor] | None = None) -> Tensor:
+    """The equation itself. allowed is (B or 1, 1, queries, keys) bool; the weights are added to ``layers``."""
+    weights = attention_weights(allowed, q, k)
+    if layers is not None:
+        layers.append(weights.detach())
+    return weights @ repeat_heads(v, q)
 
 
 def attention_weights(allowed: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -108,11 +156,23 @@ def attention_weights(allowed: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 def repeat_heads(x: Tensor, q: Tensor) -> Tensor:
     """(B, K, T, E) -> (B, H, T, E): each key/value head serves H/K neighbouring query heads."""
-    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def masked(allowed: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's attention with a mask written out. Its CUDA kernel for masks does not know shared heads (PyTorch's
+    documentation, enable_gqa): given both, it would write out all (B, H, queries, keys) scores."""
+    if q.is_cuda:
+        k, v = repeat_heads(k, q), repeat_heads(v, q)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=not q.is_cuda)
 
 
 def flex(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) -> Attend:
-    """FlexAttention with the mask as its mask_mod; compiled on CUDA, eager (forward only) elsewhere."""
+    """FlexAttention with the mask as its mask_mod; compiled on CUDA, eager (forward only) elsewhere.
+
+    The block mask is made once for all layers, and not by a compiled function: it takes some hundred operations that
+    write no more than a bool for each query and key.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     on_cuda = torch.device(device).type == "cuda"
@@ -134,5 +194,5 @@ def can_compile_kernels() -> bool:
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
-    """torch.compile, once for each function: block masks change from batch to batch, the kernel does not."""
+    """torch.compile, once for each function: masks and lengths change from batch to batch, the kernel does not."""
     return torch.compile(function, dynamic=True)

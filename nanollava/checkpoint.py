@@ -22,11 +22,12 @@ from nanollava import config as fields
 from nanollava import folder as files
 from nanollava import layouts, lora
 from nanollava.error import Error
-from nanollava.layouts import CLIP, LLAMA, LLAVA, LLAVA_HF, PROJECTOR, PROJECTOR_WITH_MARKS
+from nanollava.layouts import CLIP, LLAMA, LLAVA, LLAVA_HF
 from nanollava.llama import Llama
 from nanollava.llava import Llava
 from nanollava.places import check_no_adapters, find_vision, language_folder
 from nanollava.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from nanollava.trained import Trained, check_base, read_trained, same_tower
 from nanollava.vit import VisionConfig, VisionTransformer
 from nanollava.weights import Device, Dtype, add_vocabulary, cut_vocabulary, fill, stored_shapes, tie, write_tensors
 
@@ -59,7 +60,7 @@ def load(
     if weights == folder:
         model = _load_whole(folder, config, vision, device, dtype)
     else:
-        model = _load_over_base(folder, config, weights, vision, device, dtype)
+        model = _load_over_base(read_trained(folder, config), weights, vision, device, dtype)
     tie(model.language)
     return model.eval()
 
@@ -103,46 +104,38 @@ def _settle_template(model: Llava, config: dict) -> None:
         model.config.template = "llava_v0" if "[PAD]" in model.tokenizer.added else "llava_v1"
 
 
-def _load_over_base(
-    folder: Path, config: dict, base: Path, vision: str | Path | None, device: Device, dtype: Dtype
-) -> Llava:
+def _load_over_base(trained: Trained, base: Path, vision: str | Path | None, device: Device, dtype: Dtype) -> Llava:
     """A base, a Vicuna or a LLaVA, with the projector that was trained over it and what LoRA adds to it."""
-    adapted = (folder / "adapter_config.json").is_file()
-    projector = folder / ("non_lora_trainables.bin" if adapted else "mm_projector.bin")
-    if not projector.is_file():
-        raise Error(f"{projector}: no such file; a LoRA run keeps its projector there, is the download complete?")
-    kind = files.read_json(base / "config.json")
-    fields.check_kind(kind, base / "config.json", "llama", "llava", "llava_llama")
-    start = None if kind["model_type"] == "llama" else _load_base(base, kind, vision, device, dtype)
-    known = start.config.language if start else fields.language_config(kind, base / "config.json")
-    sizes = fields.language_config(config, folder / "config.json")
-    marks = _trained_marks(projector, sizes.vocab_size) if config.get("mm_use_im_start_end") else None
-    for name, here in vars(sizes).items():  # said before gigabytes are read
-        there = getattr(known, name)
-        more = (2, 3) if name == "vocab_size" and marks is not None else (0,)  # <im_patch> may be the third
-        same = here - there in more if name == "vocab_size" else here == there
-        if not same and name != "max_position_embeddings":
-            raise Error(f"{base}: {name} is {there}, but {folder} was trained over one with {here}; give its base")
-    if start and vision is None and _same_tower(config, kind):
-        tower = start.vision
+    config, file = files.read_json(base / "config.json"), base / "config.json"
+    fields.check_kind(config, file, "llama", "llava", "llava_llama")
+    whole = None if config["model_type"] == "llama" else _load_base(base, config, vision, device, dtype)
+    known = whole.config.language if whole else fields.language_config(config, file)
+    check_base(trained, base, known)  # said before a Vicuna's gigabytes are read
+    if whole and vision is None and same_tower(trained.config, config):
+        tower = whole.vision
     else:
-        tower = load_vision(find_vision(folder, config, vision, "its image tower"), device, dtype)
+        tower = load_vision(find_vision(trained.folder, trained.config, vision, "its image tower"), device, dtype)
     with torch.device("meta"):
-        model = Llava(fields.llava_config(config, folder / "config.json", tower.config))
-    fill(model.projector, projector, PROJECTOR if marks is None else PROJECTOR_WITH_MARKS, device, dtype)
-    model.vision, model.language = tower, start.language if start else load_language(base, device, dtype)
+        model = Llava(fields.llava_config(trained.config, trained.folder / "config.json", tower.config))
+    fill(model.projector, trained.projector, trained.layout, device, dtype)
+    model.vision, model.language = tower, whole.language if whole else load_language(base, device, dtype)
     model.config.language = model.language.config
-    model.tokenizer = _tokenizer(folder, sizes.vocab_size)
+    model.tokenizer = _tokenizer(trained.folder, trained.language.vocab_size)
     if model.tokenizer is None:
-        model.tokenizer = start.tokenizer if start else _tokenizer(base, known.vocab_size)
-    _learn_marks(model, marks, sizes.vocab_size)
-    if adapted:
-        if str(device) != "meta":
-            lora.merge(model.language, folder)
-        _settle_template(model, config)
-    else:
-        model.config.stage, model.config.template = "stage1", config.get("template") or "plain"
+        model.tokenizer = whole.tokenizer if whole else _tokenizer(base, known.vocab_size)
+    _add_trained(model, trained, device)
     return model
+
+
+def _add_trained(model: Llava, trained: Trained, device: Device) -> None:
+    """What was trained besides the projector, and what that tells of the template."""
+    _learn_start_end(model, trained.start_end, trained.language.vocab_size)
+    if trained.adapted:
+        if str(device) != "meta":
+            lora.merge(model.language, trained.folder)
+        _settle_template(model, trained.config)
+    else:
+        model.config.stage, model.config.template = "stage1", trained.config.get("template") or "plain"
 
 
 def _load_base(base: Path, config: dict, vision: str | Path | None, device: Device, dtype: Dtype) -> Llava:
@@ -151,32 +144,15 @@ def _load_base(base: Path, config: dict, vision: str | Path | None, device: Devi
     return load(base, device, dtype, None if holds else vision)
 
 
-def _same_tower(one: dict, other: dict) -> bool:
-    """Whether two configs name the same image tower, or one of them none."""
-    names = [Path(name).name for config in (one, other) if isinstance(name := config.get("mm_vision_tower"), str)]
-    return len(set(names)) < 2
-
-
-def _trained_marks(projector: Path, size: int) -> Tensor | None:
-    """(2, D) embedding of <im_start> and <im_end>, which the first releases trained together with the projector and
-    stored beside it, alone or as the end of a whole matrix of ``size`` rows."""
-    for name, tensor in files.tensors(projector):
-        if name.endswith("embed_tokens.weight"):
-            if tensor.ndim != 2 or len(tensor) not in (2, size):
-                raise Error(f"{projector}: {name} is {tuple(tensor.shape)}, expected 2 rows or {size}; fetch it again")
-            return tensor[-2:].clone()
-    return None
-
-
-def _learn_marks(model: Llava, marks: Tensor | None, size: int) -> None:
+def _learn_start_end(model: Llava, start_end: Tensor | None, size: int) -> None:
     """Give <im_start> and <im_end> the last two rows of a vocabulary of that size, where a file has them, and let them
     stand around images where the config says so."""
-    if marks is not None:
-        add_vocabulary(model.language, marks, size)
+    if start_end is not None:
+        add_vocabulary(model.language, start_end, size)
     if model.config.use_im_start_end and model.tokenizer:
-        if marks is not None:
+        if start_end is not None:
             model.tokenizer.added |= {"<im_start>": size - 2, "<im_end>": size - 1}
-        model.tokenizer.mark_images()
+        model.tokenizer.enclose_images()
 
 
 def load_vision(folder: str | Path, device: Device = "cpu", dtype: Dtype = None) -> VisionTransformer:

@@ -50,7 +50,7 @@ LLAVA_HF: Layout = (*_HF, ("lm_head.", "language.lm_head."), *((f"model.{theirs}
 
 # a projector alone: mm_projector.bin of stage 1, non_lora_trainables.bin of a LoRA run
 PROJECTOR: Layout = (("*mm_projector.", ""),)
-PROJECTOR_WITH_MARKS: Layout = (*PROJECTOR, ("*embed_tokens.weight", None))  # v0 and v1: see _trained_marks
+PROJECTOR_WITH_START_END: Layout = (*PROJECTOR, ("*embed_tokens.weight", None))  # v0, v1: see trained_start_end
 
 # tables that old versions stored and every model computes
 PASSED_OVER = (".self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "embeddings.position_ids")

@@ -15,7 +15,7 @@ from nanollava.error import Error
 from nanollava.folder import read_json
 
 IMAGE_TOKEN = "<image>"  # what a user writes where an image belongs
-IMAGE_MARKS = ("<im_start>", "<im_end>")  # what v0 and v1 put before an image, and behind it
+IMAGE_START_END = ("<im_start>", "<im_end>")  # what v0 and v1 put before an image, and behind it
 IMAGE_TOKEN_ID = -200  # what stands there among the token ids; no row of the embedding has this number
 
 # Two serialized protobuf messages in a row are one merged message, so these four bytes behind a model file
@@ -47,15 +47,15 @@ class Tokenizer:
         if self.bos_id < 0 or self.eos_id < 0:
             raise Error(f"{self.file}: no control tokens <s> and </s> in it; give a LLaMA-style tokenizer.model")
 
-    def mark_images(self) -> None:
+    def enclose_images(self) -> None:
         """Let an image stand between <im_start> and <im_end>, as v0 and v1 were trained. Raises Error where these two
         are not among the added tokens."""
-        ids = [self.added.get(mark, 0) for mark in IMAGE_MARKS]
-        if missing := [mark for mark, i in zip(IMAGE_MARKS, ids, strict=True) if i < self.vocab_size]:
+        ids = [self.added.get(token, 0) for token in IMAGE_START_END]
+        if missing := [token for token, i in zip(IMAGE_START_END, ids, strict=True) if i < self.vocab_size]:
             asked = f"{' and '.join(missing)} missing, which config.json asks for (mm_use_im_start_end)"
             raise Error(f"{self.file.with_name('added_tokens.json')}: {asked}; fetch the file again")
         if ids[0] == ids[1]:
-            raise Error(f"{self.file.with_name('added_tokens.json')}: {' and '.join(IMAGE_MARKS)} have the same id")
+            raise Error(f"{self.file.with_name('added_tokens.json')}: {' and '.join(IMAGE_START_END)} have the same id")
         self.image_ids = [ids[0], IMAGE_TOKEN_ID, ids[1]]
 
     def encode(self, text: str, bos: bool = True, prefix: bool = True) -> list[int]:
@@ -98,7 +98,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     tokenizer.added = _added_tokens(folder / "added_tokens.json")
     config = folder / "config.json"
     if config.is_file() and read_json(config).get("mm_use_im_start_end"):
-        tokenizer.mark_images()
+        tokenizer.enclose_images()
     return tokenizer
 
 

@@ -1,7 +1,8 @@
-"""What several test files share: two threads, the files of real input, and a small tokenizer made on the spot."""
+"""What several test files share: one thread, the files of real input, small models made on the spot, and Ctrl-C."""
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -148,3 +149,11 @@ class Trainer:
 def trainer(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_file: Path) -> Trainer:
     """``trainer.stage(1, data, out, "--steps", 3)`` -> exit status; images a.png to d.png are there."""
     return Trainer(tmp_path_factory.mktemp("trainer"), Tokenizer(tiny_tokenizer_file))
+
+
+@pytest.fixture
+def heeding_ctrl_c() -> Iterator[None]:
+    """Python's own answer to Ctrl-C, also where the tests were started deaf to it, as background jobs are."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -4,12 +4,17 @@ The oracle is the definition of the mask written out position by position, and t
 """
 
 import math
+import shutil
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from nanollava.attention import Mask, attention, attention_weights
+from nanollava import attention as module
+from nanollava.attention import FLEX_FROM, Mask, attention, attention_maps, attention_weights, fastest
+from nanollava.llama import Llama, LlamaConfig
 
 CPU = torch.device("cpu")
 E = 16  # width of a head
@@ -108,6 +113,41 @@ def test_the_result_is_the_equation_query_by_query(how, mask, queries, keys, kv_
     torch.testing.assert_close(run(how, mask, q, k, v), by_loops(mask, q, k, v), rtol=1e-5, atol=2e-6)
 
 
+@every_head
+@every_mask
+def test_the_maps_are_the_softmax_of_each_query(mask, queries, keys, kv_heads):
+    q, k, v = qkv(queries, keys, kv_heads)
+    with attention_maps() as maps:
+        found = run(None, mask, q, k, v)
+    torch.testing.assert_close(found, by_loops(mask, q, k, v), rtol=1e-5, atol=2e-6)
+    unit = torch.eye(keys, E)  # values that tell the keys apart: what comes out are the weights
+    expected = by_loops(mask, q, k, unit.expand_as(k))
+    torch.testing.assert_close(maps[0][0], expected[..., :keys], rtol=1e-5, atol=2e-6)
+
+
+@every_head
+@every_mask
+def test_on_cuda_a_mask_that_is_written_out_comes_with_keys_for_every_query_head(
+    mask, queries, keys, kv_heads, monkeypatch
+):
+    """As far as a CPU can tell: PyTorch's kernel there takes masks, and no heads that are shared."""
+    seen = []
+
+    def spy(q, k, v, **how):
+        if "attn_mask" in how:
+            seen.append((k.shape[1], v.shape[1], how["enable_gqa"]))
+        return sdpa(q, k, v, **how)
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    q, k, v = qkv(queries, keys, kv_heads)
+    found = run("sdpa", mask, q, k, v)
+    monkeypatch.undo()
+    assert seen == [(4, 4, False)] * len(seen) and bool(seen) == (mask.packed or (1 < queries < keys and mask.causal))
+    torch.testing.assert_close(found, by_loops(mask, q, k, v), rtol=1e-5, atol=2e-6)
+
+
 @every_mask
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_the_fused_attention_gives_the_same_values_on_cpu(mask, queries, keys):
@@ -173,23 +213,87 @@ def test_blocks_that_the_mask_empties_are_not_computed():
     assert blocks[1, 0].tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
 
 
-def test_the_mask_is_traced_into_one_graph_and_new_batches_do_not_compile_again():
-    """What CUDA does, with a compiler that only records: the kernel must survive other lengths and documents."""
+PACKED = Mask(documents=DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("mask", "queries", "device", "compiler", "expected"),
+    [
+        (PACKED, FLEX_FROM, "cuda", True, "flex"),
+        (Mask(branches=BRANCHES), 2 * FLEX_FROM, "cuda:1", True, "flex"),
+        (PACKED, FLEX_FROM - 1, "cuda", True, "sdpa"),  # a short row
+        (PACKED, 1, "cuda", True, "sdpa"),  # a token behind a cache of prompts padded on the left
+        (PACKED, FLEX_FROM, "cuda", False, "sdpa"),
+        (PACKED, FLEX_FROM, "cpu", True, "sdpa"),
+        (PACKED, FLEX_FROM, "mps", True, "sdpa"),
+        (Mask(), FLEX_FROM, "cuda", True, "sdpa"),  # is_causal says it all
+        (Mask(causal=False), FLEX_FROM, "cuda", True, "sdpa"),  # the tower
+    ],
+)
+def test_what_is_fastest_is_chosen_by_length_mask_and_device(mask, queries, device, compiler, expected, monkeypatch):
+    monkeypatch.setattr(module, "can_compile_kernels", lambda: compiler)
+    assert fastest(mask, queries, torch.device(device)) == expected
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called")
+def test_the_block_mask_of_a_batch_is_made_once_for_all_layers(monkeypatch):
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
-    graphs, compiled_after = [], []
+    made, create = [], flex.create_block_mask
+    monkeypatch.setattr(flex, "create_block_mask", lambda *args, **sizes: made.append(sizes) or create(*args, **sizes))
+    monkeypatch.setattr(module, "fastest", lambda *_: "flex")
+    torch.manual_seed(0)
+    model, x = Llama(LlamaConfig(50, 64, 64, 5, 4, 2)), torch.randn(2, LONG, 64)
+    with torch.no_grad():
+        found = model.hidden(x, mask=long_row())
+        assert len(made) == 1
+        with attention_maps():
+            torch.testing.assert_close(found, model.hidden(x, mask=long_row()), rtol=1e-4, atol=1e-5)
+        model.hidden(x, mask=long_row())
+    assert [(sizes["B"], sizes["H"], sizes["Q_LEN"]) for sizes in made] == [(2, None, LONG)] * 2
+
+
+def packed_inputs(batch: int, length: int):
+    """q, k, v, and the block mask of rows of documents with branches."""
+    documents = torch.arange(length).expand(batch, -1) // 100
+    mask = Mask(documents=documents, branches=documents % 2)
+    q, k, v = (x.detach() for x in qkv(length, length, 2, batch))
+    return mask, q, k, v, attention(mask, batch, length, length, CPU, how="flex").keywords["block_mask"]
+
+
+def test_other_lengths_and_numbers_of_rows_are_not_compiled_anew():
+    """What CUDA does, with a compiler that only records. A row alone is another graph than several, for torch.compile
+    takes a size of 1 for a constant, and so is a pass without gradients: four in all, and PyTorch gives up after 8."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    graphs, count = [], {}
     torch._dynamo.reset()
     kernel = torch.compile(
         flex.flex_attention, dynamic=True, fullgraph=True, backend=lambda g, _: graphs.append(g) or g.forward
     )
-    for length in (LONG, 301, 427):
-        documents = torch.arange(length).expand(2, -1) // 100
-        mask = Mask(documents=documents, branches=documents % 2)
-        q, k, v = (x.detach() for x in qkv(length, length, 2))
-        blocks = attention(mask, 2, length, length, CPU, how="flex").keywords["block_mask"]
-        found = kernel(q, k, v, block_mask=blocks, enable_gqa=True)
-        torch.testing.assert_close(found, run("plain", mask, q, k, v), rtol=1e-5, atol=2e-6)
-        compiled_after.append(len(graphs))
-    assert compiled_after[0] > 0 and len(set(compiled_after)) == 1
+    for batch in (5, 7, 1, 6):  # not 2 (key heads) or 3 (blocks) first: sizes equal by chance make another graph
+        for gradients in (True, False):
+            for length in (LONG, 301, 320, 384, 448):  # collate makes multiples of 64
+                mask, q, k, v, blocks = packed_inputs(batch, length)
+                with torch.set_grad_enabled(gradients):
+                    found = kernel(q, k, v, block_mask=blocks, enable_gqa=True)
+                torch.testing.assert_close(found, run("plain", mask, q, k, v), rtol=1e-5, atol=2e-6)
+            count[batch, gradients] = len(graphs)
+    assert list(count.values()) == [1, 2, 2, 2, 3, 4, 4, 4]
+
+
+COMPILES = sys.platform == "linux" and shutil.which("g++") and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+@pytest.mark.skipif(not COMPILES, reason="FlexAttention compiles on a CPU on Linux only, with AVX2 and a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_the_compiled_kernel_gives_the_same_values_forward_on_a_cpu():
+    """PyTorch's compiler itself. dynamic=False: with dynamic shapes 2.13 writes C++ for a CPU that does not compile."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    torch._dynamo.reset()
+    before = counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"]
+    mask, q, k, v, blocks = packed_inputs(2, LONG)
+    found = torch.compile(flex.flex_attention, dynamic=False)(q, k, v, block_mask=blocks, enable_gqa=True)
+    torch.testing.assert_close(found, run("plain", mask, q, k, v), rtol=1e-5, atol=2e-6)
+    assert counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"] == before + 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has its kernel and its backward on CUDA only")
@@ -209,6 +313,6 @@ def test_on_cuda_the_fused_attention_equals_sdpa_forward_and_backward(kv_heads):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the fused attention is chosen on CUDA only")
-def test_on_cuda_packed_rows_take_the_fused_attention_by_themselves():
-    mask = Mask(documents=DOCUMENTS.to("cuda"))
-    assert "block_mask" in attention(mask, 2, 9, 9, torch.device("cuda")).keywords
+def test_on_cuda_long_packed_rows_take_the_fused_attention_by_themselves():
+    mask = Mask(documents=torch.zeros(1, FLEX_FROM, dtype=torch.long, device="cuda"))
+    assert "block_mask" in attention(mask, 1, FLEX_FROM, FLEX_FROM, torch.device("cuda")).keywords

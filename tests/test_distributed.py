@@ -268,14 +268,6 @@ def test_a_mistake_of_one_ends_all_and_is_one_line(command, tmp_path):
     assert done.stderr.count("Traceback") == 1
 
 
-@pytest.fixture
-def heeding_ctrl_c():
-    """Python's own answer to Ctrl-C, also where the tests were started deaf to it, as background jobs are."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("heeding_ctrl_c")
 def test_ctrl_c_saves_once_and_is_resumed(command, place):
     """Pressed at a terminal it reaches torchrun and all its processes, and torchrun passes it on once more."""

@@ -253,20 +253,24 @@ def test_a_projector_that_brings_the_embedding_of_im_start_and_im_end(patch, who
     """As the first releases' stage 1 left it; with the row of <im_patch>, where that was added, nothing is done."""
     tokenizer, size = Tokenizer(tiny_tokenizer_file), 402 + patch
     model = over_base(tmp_path / "run", tokenizer, "linear")
-    marks = torch.randn(2, 48)
-    matrix = torch.cat([torch.zeros(400 + patch, 48), marks]) if whole else marks
+    start_end = torch.randn(2, 48)
+    matrix = torch.cat([torch.zeros(400 + patch, 48), start_end]) if whole else start_end
     stored = projector_of(model, "model.mm_projector.") | {"model.embed_tokens.weight": matrix}
     torch.save(stored, tmp_path / "run/mm_projector.bin")
     edit(tmp_path / "run/config.json", mm_use_im_start_end=True, vocab_size=size)
     for folder in (tmp_path / "run", tmp_path / "again"):
         loaded = load(folder)
         embedding, head = loaded.language.embed_tokens.weight, loaded.language.lm_head.weight
-        assert torch.equal(embedding[:400], model.language.embed_tokens.weight) and torch.equal(embedding[-2:], marks)
+        assert torch.equal(embedding[:400], model.language.embed_tokens.weight)
+        assert torch.equal(embedding[-2:], start_end)
         assert torch.equal(head[:400], model.language.lm_head.weight)
         assert torch.allclose(head[400:], model.language.lm_head.weight.mean(0).expand(2 + patch, -1), atol=1e-6)
         assert loaded.tokenizer.image_ids == [size - 2, IMAGE, size - 1]
         if not (tmp_path / "again").exists():
             save(loaded, tmp_path / "again")
+    edit(tmp_path / "run/config.json", vocab_size=400)  # the base would have had these tokens already
+    if not whole:
+        refused(tmp_path / "run", "vicuna: vocab_size is 400, but", "run was trained over one with 398 or 397")
 
 
 def test_the_folder_s_own_tokenizer_comes_before_the_base_s(tiny_tokenizer_file, tmp_path):
@@ -303,7 +307,7 @@ def test_a_projector_that_does_not_fit(tiny_tokenizer_file, tmp_path):
         refused(tmp_path / "run", "expected 2 rows or 402")
     edit(tmp_path / "run/config.json", vocab_size=405)
     torch.save(whole | {"model.embed_tokens.weight": torch.ones(2, 48)}, file)
-    refused(tmp_path / "run", "vocab_size is 400", "with 405")
+    refused(tmp_path / "run", "vocab_size is 400", "with 403 or 402")
     edit(tmp_path / "run/config.json", vocab_size=400)
     torch.save(whole, file)
     refused(tmp_path / "run", "added_tokens.json", "<im_start> and <im_end> missing")

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
-from nanollava import checkpoint, weights
+from nanollava import attention, checkpoint, weights
 from nanollava.checkpoint import load
 from nanollava.conversation import IGNORE, encode, messages_from_record
 from nanollava.images import preprocess
@@ -365,14 +365,6 @@ def test_a_resumed_run_gives_the_losses_of_an_undisturbed_one_bit_for_bit(
     assert "resuming at step 3 of 9" in capsys.readouterr().out
     assert len(metrics(undisturbed)) == 9 and same_result(cut, undisturbed)
     assert not (cut / "training.pt").exists()
-
-
-@pytest.fixture
-def heeding_ctrl_c():
-    """Python's own answer to Ctrl-C, also where the tests were started deaf to it, as background jobs are."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("heeding_ctrl_c")
@@ -992,8 +984,10 @@ def test_a_loss_or_gradient_that_is_no_number_ends_the_run_and_keeps_the_last_ch
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here to train on")
-def test_training_on_cuda_follows_the_losses_of_a_cpu(trainer, talks, aligned, tmp_path):
-    """bfloat16 products over float32 weights, packed rows in the fused attention; and a cut run goes on."""
+@pytest.mark.parametrize("flex_from", [0, 10_000])
+def test_training_on_cuda_follows_the_losses_of_a_cpu(flex_from, trainer, talks, aligned, tmp_path, monkeypatch):
+    """bfloat16 products over float32 weights; packed rows in the fused attention, and in PyTorch's own."""
+    monkeypatch.setattr(attention, "FLEX_FROM", flex_from)
     words = ("--model", aligned, "--steps", 6, "--batch-size", 2, "--lr", 1e-3, "--save-every", 3)
     for device in ("cpu", "cuda"):
         assert trainer.stage(2, talks, tmp_path / device, *words, "--device", device) == 0

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nanollava.attention import FLEX_FROM
 from nanollava.llama import LlamaConfig
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.loss import ROWS
@@ -206,6 +207,8 @@ def block_bytes(c: LlamaConfig, how: How, length: int, trains: bool) -> int:
     kept += n * 3 * I  # gate, silu(gate), up
     if not how.on_cuda:
         kept += 4 * length  # scaled_dot_product_attention makes numbers of the mask, anew in each layer
+    elif length < FLEX_FROM:
+        kept += n * (length + 2 * (A - K))  # the same, and keys and values for each query head
     if how.lora:
         inputs = (5 * D + A + I) * (n + (1 if how.on_cuda else 4)) if how.dropout else n * (2 * D + I)
         return kept + inputs + 7 * n * how.lora  # what dropout leaves, and its mask, for each matrix; A x

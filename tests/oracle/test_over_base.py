@@ -72,8 +72,8 @@ def check(ours: Llava, theirs: Reference, image: tuple[int, ...] = (IMAGE,)) -> 
     pixels = noise(2, theirs.vision["image_size"])
     assert error(ours.image_tokens(pixels), theirs.image_tokens(pixels)) < TOLERANCE
     logits, words = theirs.logits_and_words([1, *image, 5, 6, *image, 7, 8], pixels, 6)
-    mark = ours.tokenizer.image_ids if ours.tokenizer else [IMAGE]
-    ids = [1, *mark, 5, 6, *mark, 7, 8]
+    image = ours.tokenizer.image_ids if ours.tokenizer else [IMAGE]
+    ids = [1, *image, 5, 6, *image, 7, 8]
     assert error(ours(torch.tensor([ids]), pixels), logits) < TOLERANCE
     (found,) = generate(ours, [ids], pixels, Sampling(max_new_tokens=6), "vicuna_v1")
     assert found.ids == [*words, 2][: [*words, 2].index(2)]
