@@ -150,8 +150,11 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
         with alone(args.out):
             check_out(args.out, args.resume)
     torch.manual_seed(args.seed)
-    args.device = device if distributed.processes() == 1 else "cpu"  # shares are cut from what is there in full
-    model = build_model(args, stage, "meta" if args.dry_run else args.device)
+    args.device = device
+    place = device if distributed.processes() == 1 else "cpu"  # shares are cut from what is there in full
+    model = build_model(args, stage, "meta" if args.dry_run else place)
+    if not args.dry_run:
+        model.vision.to(device)  # which is never cut
     if args.dry_run and not args.data:
         work = full_rows(model.config, args.rows_at_once or args.batch_size)
         return print(report(model.config, stage, How.of(args, args.device), work))
@@ -171,9 +174,8 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
         return probe_run(args, stage, datasets[0], options)
     if getattr(args, "whiten", False) and not args.resume:
         whiten(model.projector, patch_features(model, datasets[0]))
-    distributed.shard(model, device)
     distributed.let_tell()
-    train(model, stage, *datasets, args.out, options, args.resume)
+    train(model, stage, *datasets, args.out, options, args.resume, device)
     distributed.leave()
     print(f"{stage.name} is done: talk to it with  python chat.py {args.out}")
 

@@ -16,6 +16,7 @@ import torch
 
 import train
 from nanollava import checkpoint
+from nanollava import folder as files
 from nanollava.checkpoint import load
 from nanollava.error import Error
 from nanollava.llama import Llama, LlamaConfig
@@ -75,19 +76,11 @@ TALKS = [
 BROKEN = [record("x", "half.png", "<image>\nWhat?", "No."), record("y", "half.png", "<image>\nWhy?", "So.")]
 SHORT = ("--max-length", LONGEST, "--lr", 1e-2, "--log-every", 1)
 RESUMED = (2, TALKS, "--steps", 6, "--batch-size", 3, "--save-every", 2, *SHORT)
+LORA = ("--lora", 5, "--lora-dropout", 0, "--projector-lr", 1e-2)  # a rank that two cannot share alike
+ADAPTED = (*RESUMED, *LORA)
+STAGE_1 = (1, CAPTIONS, "--steps", 5, "--batch-size", 3, "--projector", "mlp2x_gelu", "--max-length", 20)
 CASES = {
-    "stage 1, three rows": (
-        1,
-        CAPTIONS,
-        "--steps",
-        5,
-        "--batch-size",
-        3,
-        "--projector",
-        "mlp2x_gelu",
-        "--max-length",
-        20,
-    ),
+    "stage 1, three rows": STAGE_1,
     "three rows, validation on five": (*RESUMED, "--val-every", 2, "--val", TALKS[:5]),
     "one row": (2, TALKS, "--steps", 8, "--batch-size", 1, *SHORT),
     "five rows, one at a time": (2, TALKS, "--steps", 4, "--batch-size", 5, "--rows-at-once", 1, *SHORT),
@@ -96,7 +89,14 @@ CASES = {
     "one matrix for words in and out": (2, TALKS, "--steps", 4, "--language", "tied", *SHORT),
     "damaged pictures": (2, TALKS[:3] + BROKEN, "--steps", 3, "--batch-size", 5, *SHORT),
     "a step of damaged pictures": (2, TALKS[:1] + BROKEN[:1], "--steps", 4, "--batch-size", 1, *SHORT),
+    "adapters, validation on five": (*ADAPTED, "--val-every", 2, "--val", TALKS[:5]),
+    "adapters, one row": (2, TALKS, "--steps", 8, "--batch-size", 1, *LORA, *SHORT),
+    "adapters, text alone, recomputed": (2, TEXTS, "--steps", 4, "--rows-at-once", 1, "--recompute", *LORA, *SHORT),
+    "cached features, adapters": (2, TALKS, "--steps", 6, "--batch-size", 3, "--cache-features", "kept", *LORA, *SHORT),
+    "cached features, whitened": (*STAGE_1, "--whiten", "--cache-features", "kept"),
 }
+
+CUT = {"": RESUMED, "adapters: ": ADAPTED}  # runs cut by one number of processes and gone on with by another
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,8 @@ def command(trainer, place):
                 words[i] = write(place, word)
             if word == "tied":
                 words[i] = place / "tied"
+            if word == "kept":
+                words[i] = place / f"{out}.kept"
         parts = {**start, "--device": "cpu", "--out": place / out}
         all_words = (
             f"stage{stage}",
@@ -163,14 +165,19 @@ def runs(place, command, tmp_path_factory) -> subprocess.CompletedProcess:
     """All cases by one process and by two: NAME.1 and NAME.2; two runs cut by the other kind and gone on with."""
     for name, case in CASES.items():
         assert train.main(command(case, f"{name}.1")) == 0
-    cut(command(RESUMED, "one, then two"))
+    for name, case in CUT.items():
+        cut(command(case, f"{name}one, then two"))
     script = tmp_path_factory.mktemp("worker") / "worker.py"
     script.write_text(WORKER)
     commands = [(None, command(case, f"{name}.2")) for name, case in CASES.items()]
-    commands += [(None, command(RESUMED, "one, then two", "--resume")), (3, command(RESUMED, "two, then one"))]
+    for name, case in CUT.items():
+        commands.append((None, command(case, f"{name}one, then two", "--resume")))
+        commands.append((3, command(case, f"{name}two, then one")))
     done = launch(script, json.dumps(commands))
     assert done.returncode == 0, done.stderr
-    assert train.main(command(RESUMED, "two, then one", "--resume")) == 0
+    for name, case in CUT.items():
+        shutil.copytree(place / f"{name}two, then one", place / f"{name}two, cut")
+        assert train.main(command(case, f"{name}two, then one", "--resume")) == 0
     return done
 
 
@@ -223,13 +230,27 @@ def test_two_records_never_share_a_row(place, runs):
 
 
 @pytest.mark.parametrize("name", ["one, then two", "two, then one"])
-def test_a_run_goes_on_with_another_number_of_processes(name, place, runs):
-    assert "resuming at step 2 of 6" in runs.stdout or name == "two, then one"
-    whole = metrics(place / "three rows, validation on five.1")
-    for mine, theirs in zip(metrics(place / name), whole, strict=True):
+@pytest.mark.parametrize("kind", CUT)
+def test_a_run_goes_on_with_another_number_of_processes(kind, name, place, runs):
+    assert runs.stdout.count("resuming at step 2 of 6") == len(CUT)
+    undisturbed = place / ("adapters, validation on five.1" if kind else "three rows, validation on five.1")
+    for mine, theirs in zip(metrics(place / (kind + name)), metrics(undisturbed), strict=True):
         assert mine == pytest.approx({k: v for k, v in theirs.items() if k != "val_loss"}, rel=1e-5)
-    mine, theirs = (load(place / folder).state_dict() for folder in (name, "three rows, validation on five.1"))
+    mine, theirs = load(place / (kind + name)).state_dict(), load(undisturbed).state_dict()
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_leave_a_lora_run_as_one_does_until_the_end(place, runs, command):
+    """Files, names, shapes and numbers of what was trained, and nothing of the base."""
+    cut(command(ADAPTED, "one, cut"))
+    one, two = place / "one, cut", place / "adapters: two, cut"
+    assert sorted(file.name for file in one.iterdir()) == sorted(file.name for file in two.iterdir())
+    assert (one / "adapter_config.json").read_text() == (two / "adapter_config.json").read_text()
+    for file in ("adapter_model.safetensors", "non_lora_trainables.bin"):
+        mine, theirs = dict(files.tensors(one / file)), dict(files.tensors(two / file))
+        assert all(type(x) is torch.Tensor for x in theirs.values())
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert not (two / "model.safetensors").exists()
 
 
 def test_a_folder_is_the_same_whoever_writes_it(place, runs):
@@ -242,7 +263,9 @@ def test_a_folder_is_the_same_whoever_writes_it(place, runs):
 
 
 def test_one_process_prints_and_damage_is_told_by_whoever_found_it(place, runs):
-    assert runs.stdout.count("stage1 is done") == 1 and runs.stdout.count("records read in") == len(CASES) + 3
+    assert runs.stdout.count("stage1 is done") == 1 and runs.stdout.count("records read in") == len(
+        CASES
+    ) + 2 + 2 * len(CUT)
     assert runs.stdout.count("--parallel 2: left out, the processes of torchrun compute side by side") == 1
     assert runs.stdout.count("skipped: 2 records, for 1 damaged images") == 1
     assert "half.png" in runs.stderr
@@ -323,7 +346,7 @@ def test_what_cannot_be_done_together_is_one_line(one_of_two, tmp_path, capsys):
 
 
 def test_without_torchrun_nothing_is_shared():
-    batch, model = object(), object()
+    batch = object()
     assert distributed.processes() == 1 and distributed.rank() == 0 and distributed.may_tell()
     assert distributed.summed(1, 2.5) == [1, 2.5] and distributed.level([batch]) == [batch]
-    assert distributed.whole(model) is model and distributed.union({"a"}) == {"a"}
+    assert distributed.gathered({"a": [1]}) == {"a": [1]} and distributed.union({"a"}) == {"a"}

@@ -22,7 +22,7 @@ from nanollava.llava import Batch, Llava
 from nanollava.train import lora
 from nanollava.train.blocks import prepare_blocks
 from nanollava.train.data import Dataset
-from nanollava.train.distributed import drop_zeros, level, norm, processes, rank, summed, union
+from nanollava.train.distributed import drop_zeros, level, norm, processes, rank, shard, summed, union
 from nanollava.train.keep import alone
 from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_memory, peak_memory, share_cores
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
@@ -60,28 +60,44 @@ class Options:
 
 
 def train(
-    model: Llava, stage: Stage, data: Dataset, val: Dataset | None, out: Path, options: Options, resume: bool = False
+    model: Llava,
+    stage: Stage,
+    data: Dataset,
+    val: Dataset | None,
+    out: Path,
+    options: Options,
+    resume: bool = False,
+    device: str | None = None,
 ) -> None:
-    """Train in place and leave the result in the folder ``out``. Raises Error where ``out`` does not suit."""
+    """Train in place and leave the result in the folder ``out``. Raises Error where ``out`` does not suit.
+
+    device: where each of several processes keeps its share of the model; None: where the model is.
+    """
     with alone(out):
         check_out(out, resume)
-        Run(model, stage, data, val, out, options).run(resume)
+        Run(model, stage, data, val, out, options, device).run(resume)
 
 
 class Run:
     """One training run: the model, its optimizers, and how far it has come."""
 
-    def __init__(self, model: Llava, stage: Stage, data: Dataset, val: Dataset | None, out: Path, options: Options):
+    def __init__(
+        self,
+        model: Llava,
+        stage: Stage,
+        data: Dataset,
+        val: Dataset | None,
+        out: Path,
+        options: Options,
+        device: str | None = None,
+    ):
         self.model, self.stage, self.data, self.val, self.out, self.options = model, stage, data, val, out, options
-        freeze(model, stage)
-        set_precision(model, stage, options.optimizer, bool(options.lora))
-        if options.lora:
-            lora.adapt(model, options.lora, options.lora_alpha, options.lora_dropout)
-        self.base = lora.base_checksum(model) if options.lora else ""
+        self.device = torch.device(device) if device else model.device
+        self.base = self.shape_model()
         model.config.stage = stage.name if stage.name in STAGES else ""
         model.config.template = stage.template
-        self.on_cuda = model.device.type == "cuda"
-        self.parallel = options.parallel if model.device.type == "cpu" and processes() == 1 else 1
+        self.on_cuda = self.device.type == "cuda"
+        self.parallel = options.parallel if self.device.type == "cpu" and processes() == 1 else 1
         self.rates = {"projector": options.projector_lr or options.lr, "language": options.lr}
         parts = [(getattr(model, part), self.rates[part]) for part in stage.trained]
         self.optimizers = make_optimizers(parts, options.optimizer, options.weight_decay, options.clip, options.seed)
@@ -90,6 +106,17 @@ class Run:
         self.image_sizes = image_sizes(data)  # now: a disk can go away in mid-run
         self.tokens, self.positions, self.targets = 0, 0, 0  # trained on since this process began
         self.waited, self.started, self.first = 0.0, time.perf_counter(), 0
+
+    def shape_model(self) -> str:
+        """Freeze, choose dtypes, add adapters, cut into shares; what tells the base of adapters from others."""
+        model, options = self.model, self.options
+        freeze(model, self.stage)
+        set_precision(model, self.stage, options.optimizer, bool(options.lora), self.device)
+        if options.lora:
+            lora.adapt(model, options.lora, options.lora_alpha, options.lora_dropout)
+        base = lora.base_checksum(model) if options.lora else ""
+        shard(model, self.device)
+        return base
 
     def run(self, resume: bool) -> None:
         if resume:

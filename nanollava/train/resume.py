@@ -14,6 +14,7 @@ import torch
 from nanollava.checkpoint import load, write
 from nanollava.error import Error, first_line
 from nanollava.folder import atomic_folder, check_writable, last_good, read_json
+from nanollava.llava import Llava
 from nanollava.train import lora
 from nanollava.train.distributed import gathered, processes, rank, share_of, share_of_states, whole
 from nanollava.train.keep import keep_older
@@ -50,25 +51,42 @@ def check_out(out: Path, resume: bool) -> None:
 
 def save(run: "Run", final: bool = False) -> None:
     """The model, the metrics, and, unless the run is over, all that --resume needs: written by the first process, to
-    whom all others give their shares. Adapters are merged at the end."""
-    if run.options.lora and final:
-        lora.merge(run.model)
+    whom all others give their shares."""
     with nullcontext() if rank() else atomic_folder(run.out) as folder:
-        model = whole(run.model)
+        write_weights(run, folder, final)
         if folder:
-            if run.options.lora and not final:
-                lora.write_trained(model, folder, run.options)
-            else:
-                write(model, folder)
             (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.metrics))
             if run.saved:
                 keep_older(run.out, folder, run.saved, run.options.keep - 1)
-        del model
         if not final:
             state = {"optimizers": [gathered(o.state_dict()) for o in run.optimizers], "step": run.step}
             if folder:
                 torch.save(state | fingerprint(run), folder / "training.pt")
     run.saved = run.step
+
+
+def write_weights(run: "Run", folder: Path | None, final: bool) -> None:
+    """The model, or while there are adapters what was trained; they are merged at the end."""
+    adapted = run.options.lora
+    if adapted and not final:
+        trained = gathered(lora.trained(run.model))
+        if folder:
+            lora.write_trained(run.model, trained, folder, run.options)
+        return
+    model = whole(run.model, blank(run)) if processes() > 1 else run.model
+    if folder and adapted:
+        lora.merge(model)
+    if folder:
+        write(model, folder)
+
+
+def blank(run: "Run") -> Llava:
+    """A model like the run's, its tensors without numbers."""
+    with torch.device("meta"):
+        model = Llava(run.model.config, run.model.tokenizer)
+    if run.options.lora:
+        lora.adapt(model, run.options.lora, run.options.lora_alpha, run.options.lora_dropout)
+    return model
 
 
 def fingerprint(run: "Run") -> dict:

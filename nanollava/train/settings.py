@@ -51,8 +51,6 @@ def check_numbers(args: Any) -> None:
 def check_processes(args: Any) -> None:
     """Raises Error for what one process alone can do."""
     asked = {
-        "--cache-features": args.cache_features,
-        "--lora": args.lora,
         "--optimizer light": args.optimizer == "light",
         "--dry-run": args.dry_run,
     }
