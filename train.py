@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 
 from nanollava.checkpoint import load, load_language, load_vision
-from nanollava.error import Error, forgive_encoding, say
+from nanollava.error import Error, forgive_encoding, out_of_memory, say
 from nanollava.folder import last_good
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.miniature.recipe import RECIPES, run_miniature
 from nanollava.projector import make_projector, whiten
 from nanollava.tokenizer import load_tokenizer
 from nanollava.train import distributed, lora, settings
-from nanollava.train.budget import How, estimate, full_rows, outline, report
+from nanollava.train.advice import report
+from nanollava.train.budget import How, estimate, full_rows, outline
 from nanollava.train.data import Dataset
 from nanollava.train.features import FeatureCache
 from nanollava.train.keep import alone
@@ -55,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         return 1
     except Exception as error:
+        if out_of_memory(error) and args.command != "miniature":
+            tells = "the same command with --dry-run tells what the run takes, and what would save how much"
+            error = Error(f"out of memory while the model was read, made ready or saved: {tells}")
         return say(error) if distributed.may_tell() else 2
     return 0
 

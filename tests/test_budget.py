@@ -18,7 +18,8 @@ from nanollava.llama import Block, Llama, LlamaConfig, rotary_angles
 from nanollava.llava import LlavaConfig
 from nanollava.tokenizer import Tokenizer
 from nanollava.train import budget, lora
-from nanollava.train.budget import GB, How, Work, advice, estimate, full_rows, outline
+from nanollava.train.advice import advice
+from nanollava.train.budget import GB, How, Work, estimate, full_rows, outline
 from nanollava.train.stages import STAGES
 from nanollava.vit import VisionConfig, VisionTransformer
 

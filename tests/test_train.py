@@ -35,8 +35,7 @@ from nanollava.llava import Llava
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
 from nanollava.tokenizer import load_tokenizer
 from nanollava.train import blocks, loop, resume
-from nanollava.train.data import Dataset
-from nanollava.train.loop import draw_batches
+from nanollava.train.data import Dataset, draw_batches
 from nanollava.train.machine import share_cores
 from nanollava.train.records import Example
 from nanollava.train.stages import PARTS, STAGES, precision

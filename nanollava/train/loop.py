@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nanollava.conversation import IGNORE
 from nanollava.error import Error
 from nanollava.llava import Batch, Llava
 from nanollava.train import lora
+from nanollava.train.advice import told
 from nanollava.train.blocks import prepare_blocks
-from nanollava.train.data import Dataset
+from nanollava.train.data import Dataset, count_targets, draw_batches
 from nanollava.train.distributed import drop_zeros, level, norm, processes, rank, shard, summed, union
 from nanollava.train.keep import alone
 from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_memory, peak_memory, share_cores
@@ -145,10 +145,11 @@ class Run:
     def loop(self, interrupted: Callable[[], bool]) -> None:
         self.first, self.started = self.step, time.perf_counter()
         for batches in self.prefetch():
-            entry = self.update(batches)
-            last = self.step == self.options.steps
-            if self.val and (last or (self.options.val_every and self.step % self.options.val_every == 0)):
-                entry["val_loss"] = self.validate()
+            last = self.step + 1 == self.options.steps
+            with told(self, batches):
+                entry = self.update(batches)
+                if self.val and (last or (self.options.val_every and self.step % self.options.val_every == 0)):
+                    entry["val_loss"] = self.validate()
             unread = None
             try:
                 self.report(entry, last)
@@ -287,26 +288,6 @@ class Run:
                 f"{peak_memory(self.model.device):.1f} GB  {minutes(left)} left",
                 flush=True,
             )
-
-
-def draw_batches(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:
-    """Endless batches of group numbers: every epoch a new permutation, a batch may reach into the next epoch. A pure
-    function of its arguments, so that a resumed run only has to ``skip`` the batches that were trained on."""
-    first = skip * batch_size
-    epoch, numbers = first // groups, []
-    offset = first % groups
-    while True:
-        order = torch.randperm(groups, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-        numbers += order[offset:]
-        epoch, offset = epoch + 1, 0
-        while len(numbers) >= batch_size:
-            yield numbers[:batch_size]
-            numbers = numbers[batch_size:]
-
-
-def count_targets(batches: list[Batch]) -> int:
-    """How many positions are to be predicted."""
-    return sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)
 
 
 def minutes(seconds: float) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nanollava.train.loop import Run
 
 # options that may change on --resume, as those that end in _every
-UNSHAPING = ("compile", "recompute", "parallel", "keep", "base")
+UNSHAPING = ("compile", "recompute", "rows_at_once", "parallel", "keep", "base")
 
 
 def progress(out: Path) -> str:
@@ -91,7 +91,8 @@ def blank(run: "Run") -> Llava:
 
 def fingerprint(run: "Run") -> dict:
     """What must be the same for a resumed run to give the losses of an undisturbed one, but for rounding: compiling,
-    recomputing and the number of parallel parts, like the machine, may move the last bits."""
+    recomputing and how many rows are computed at once, or side by side, may move the last bits, like the machine; and
+    what adapters' dropout draws."""
     shaping = {k: v for k, v in asdict(run.options).items() if not k.endswith("_every") and k not in UNSHAPING}
     return {
         "stage": run.stage.name,
