@@ -28,7 +28,7 @@ from nanollava.train.data import Dataset
 from nanollava.train.features import FeatureCache
 from nanollava.train.keep import alone
 from nanollava.train.loop import Options, train
-from nanollava.train.machine import memory_in_use
+from nanollava.train.machine import check_bfloat16, memory_in_use
 from nanollava.train.probe import largest, probe
 from nanollava.train.records import Example, Report, group_by_image, hold_out, read_records
 from nanollava.train.resume import check_out, progress
@@ -150,6 +150,7 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     settings.settle(args, stage)
     device = distributed.join(args.device)
     check_device(device)
+    check_bfloat16(device)
     if not args.dry_run:
         with alone(args.out):
             check_out(args.out, args.resume)

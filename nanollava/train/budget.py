@@ -82,13 +82,12 @@ class How:
 
     @property
     def frozen(self) -> int:
-        """Bytes of a weight that does not learn, and of the sum that runs through the blocks, whose dtype is that of
-        the embedding: float32 master weights, but bfloat16 under adapters and for the light optimizer."""
-        return 2 if self.on_cuda and (self.lora or self.optimizer == "light") else 4
+        """Bytes of a weight that does not learn: bfloat16 on CUDA (stages.precision)."""
+        return 2 if self.on_cuda else 4
 
     @property
     def trained(self) -> int:
-        """Bytes of a weight that learns."""
+        """Bytes of a weight that learns: float32, but bfloat16 for the light optimizer."""
         return 2 if self.on_cuda and self.optimizer == "light" and not self.lora else 4
 
 
@@ -194,18 +193,23 @@ def copies(model: Llava, how: How) -> int:
     if not how.on_cuda:
         return 0
     matrices = [p for p in model.language.layers.parameters() if p.ndim == 2]
-    return 2 * sum(p.numel() for p in matrices if (how.trained if p.requires_grad else how.frozen) == 4)
+    return 2 * sum(p.numel() for p in matrices if bytes_of(p, how) == 4)
+
+
+def bytes_of(p: nn.Parameter, how: How) -> int:
+    """Those of each of its numbers. The embedding's are also those of the sum that runs through the blocks."""
+    return how.trained if p.requires_grad else how.frozen
 
 
 def decoder_bytes(model: Llava, how: How, work: Work) -> int:
     """What the blocks and the last norm keep for the backward pass, and what one block needs while it goes through."""
     c, layers = model.config.language, model.config.language.num_hidden_layers
     positions, trains = work.rows * work.length, any(p.requires_grad for p in model.language.parameters())
-    block = block_bytes(c, how, work.length, trains)
-    passing = how.matrix * 3 * c.intermediate_size + how.frozen * 3 * c.hidden_size  # gradients inside one block
-    end = (4 + how.frozen + how.matrix) * c.hidden_size  # the last norm and what the head takes
+    block, summed = block_bytes(c, how, work.length, trains), bytes_of(model.language.embed_tokens.weight, how)
+    passing = how.matrix * 3 * c.intermediate_size + summed * 3 * c.hidden_size  # gradients inside one block
+    end = (4 + summed + how.matrix) * c.hidden_size  # the last norm and what the head takes
     if how.recompute:  # Chen et al., 2016: inputs of all blocks, the rest of one
-        return positions * (layers * how.frozen * c.hidden_size + block + passing + end)
+        return positions * (layers * summed * c.hidden_size + block + passing + end)
     return positions * (layers * block + passing + end)
 
 
@@ -222,8 +226,8 @@ def block_bytes(c: LlamaConfig, how: How, length: int, trains: bool) -> int:
         inputs = (5 * D + A + I) * (n + (1 if how.on_cuda else 4)) if how.dropout else n * (2 * D + I)
         return kept + inputs + 7 * n * how.lora  # what dropout leaves, and its mask, for each matrix; A x
     if trains:
-        kept += 2 * how.frozen * D  # what a norm's weight multiplies
-        shared = how.frozen == n  # or autocast makes a copy for each matrix
+        kept += 2 * how.trained * D  # what a norm's weight multiplies
+        shared = how.trained == n  # or autocast makes a copy for each matrix
         kept += n * ((2 if shared else 5) * D + I)  # inputs of q, k, v; gate, up; down
     return kept
 
@@ -233,7 +237,7 @@ def loss_bytes(model: Llava, how: How, work: Work) -> int:
     the backward pass begins."""
     head, exact = model.language.lm_head.weight, 4
     logits = min(work.targets, ROWS) * head.shape[0] * (2 * exact + (how.matrix if how.on_cuda else 0))
-    copy = how.matrix if how.on_cuda and how.frozen == 4 else 0
+    copy = how.matrix if how.on_cuda and bytes_of(head, how) == 4 else 0
     return logits + head.numel() * (copy + exact * head.requires_grad) + 2 * exact * work.targets * head.shape[1]
 
 

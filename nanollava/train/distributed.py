@@ -178,13 +178,13 @@ def reach_all(model: Llava) -> None:
     model.embed, model.loss = reached, enlarged
 
 
-def drop_zeros(model: Llava, batches: list[Batch]) -> None:
-    """After a step in which no process had an image the projector has no gradient, as in a run of one process: the
-    zeros that reach_all gave it would let its momentum move it."""
-    if processes() > 1:
-        (images,) = summed(sum(bool((batch.patches != NO_PATCH).any()) for batch in batches))
-        for p in model.projector.parameters():
-            p.grad = p.grad if images else None
+def idle(model: Llava, batches: list[Batch]) -> frozenset[nn.Parameter]:
+    """What is to have no gradient in this step, as in a run of one process: the projector's weights if no process has
+    an image. The zeros that reach_all gives them would let their momentum move them."""
+    if processes() == 1:
+        return frozenset()
+    (images,) = summed(sum(bool((batch.patches != NO_PATCH).any()) for batch in batches))
+    return frozenset() if images else frozenset(model.projector.parameters())
 
 
 def whole(model: Llava, blank: Llava) -> Llava:
@@ -227,6 +227,11 @@ def share_of_states(saved: dict, optimizer: torch.optim.Optimizer) -> dict:
     return saved | {"state": {i: {name: cut(x, weights[i]) for name, x in state.items()} for i, state in states}}
 
 
-def norm(gradients: Tensor) -> float:
-    """A norm over all shares as a number."""
-    return float(gradients.full_tensor() if isinstance(gradients, DTensor) else gradients)
+def local(x: Tensor) -> Tensor:
+    """This process's share of a tensor, or all of it where it is not cut; the same memory."""
+    return x.detach().to_local() if isinstance(x, DTensor) else x.detach()
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole tensor, at all processes."""
+    return x.full_tensor() if isinstance(x, DTensor) else x

@@ -22,7 +22,7 @@ from nanollava.train import lora
 from nanollava.train.advice import told
 from nanollava.train.blocks import prepare_blocks
 from nanollava.train.data import Dataset, count_targets, draw_batches
-from nanollava.train.distributed import drop_zeros, level, norm, processes, rank, shard, summed, union
+from nanollava.train.distributed import full, idle, level, processes, rank, shard, summed, union
 from nanollava.train.keep import alone
 from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_memory, peak_memory, share_cores
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
@@ -178,8 +178,12 @@ class Run:
         self.targets += targets
         if self.options.lora:
             lora.seed_dropout(self.model, self.options.seed, self.step)
+        without = idle(self.model, batches)
+        if self.light:
+            self.light.idle = without
         (loss,) = summed(self.backward(batches, targets))
-        drop_zeros(self.model, batches)
+        for p in without:
+            p.grad = None
         grad_norm = self.light.finish() if self.light else self.clip()
         if not math.isfinite(loss + grad_norm):
             what = "gradient" if math.isfinite(loss) else "loss"
@@ -192,7 +196,7 @@ class Run:
     def clip(self) -> float:
         """The norm of all gradients; where it is above --clip they are scaled down to it."""
         gradients = [p for p in self.model.parameters() if p.grad is not None]
-        return norm(nn.utils.clip_grad_norm_(gradients, self.options.clip))
+        return full(nn.utils.clip_grad_norm_(gradients, self.options.clip)).item()
 
     def count_padding(self, batches: list[Batch]) -> float:
         """The share of a step's positions that hold nothing; all are added to what the run has seen."""

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from nanollava.train.data import Dataset
     from nanollava.train.loop import Run
 
+GIVEN = {  # by the user: what each part of the fingerprint comes from
+    "stage": "stage",
+    "config": "model",
+    "data": "--data",
+    "images": "--images",
+    "options": "options",
+    "base": "--model or --language",
+}
 # options that may change on --resume, as those that end in _every
 UNSHAPING = ("compile", "recompute", "rows_at_once", "parallel", "keep", "base")
 
@@ -120,7 +128,8 @@ def restore(run: "Run") -> None:
     state = read_state(folder / "training.pt")
     for name, value in fingerprint(run).items():
         if state.get(name) != value:
-            raise Error(f"{run.out}: the run there has a different {name}: {differences(state.get(name), value)}")
+            what = f"different {name}: {differences(state.get(name), value)}"
+            raise Error(f"{run.out}: the run there began with {what}; give the same {GIVEN[name]}, or another --out")
     if run.options.lora:
         lora.read_trained(run.model, folder)
     else:
