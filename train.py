@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if out_of_memory(error) and args.command != "miniature":
             tells = "the same command with --dry-run tells what the run takes, and what would save how much"
-            error = Error(f"out of memory while the model was read, made ready or saved: {tells}")
+            error = Error(f"out of memory outside of a step: {tells}")
         return say(error) if distributed.may_tell() else 2
     return 0
 

@@ -72,23 +72,23 @@ class How:
     def of(cls, settings: Any, device: str) -> "How":
         """From a run's options, or the command line's, which have the same names."""
         on_cuda, recompute = torch.device(device).type == "cuda", getattr(settings, "recompute", False)
-        dropout, parallel = settings.lora_dropout or 0.0, 1 if on_cuda else settings.parallel
+        dropout, parallel = settings.lora_dropout or 0.0, 1 if on_cuda or processes() > 1 else settings.parallel
         return cls(on_cuda, settings.optimizer, settings.lora, dropout, recompute, parallel, processes())
 
     @property
     def matrix(self) -> int:
-        """Bytes of a number that matrix products take: bfloat16 by autocast on CUDA, float32 on a CPU."""
-        return 2 if self.on_cuda else 4
+        """Bytes of a number that matrix products take: bfloat16 by autocast on CUDA, the weights' dtype on a CPU."""
+        return 2 if self.on_cuda else self.trained
 
     @property
     def frozen(self) -> int:
-        """Bytes of a weight that does not learn: bfloat16 on CUDA (stages.precision)."""
-        return 2 if self.on_cuda else 4
+        """Bytes of a weight that does not learn: bfloat16 on CUDA, and for the light optimizer (stages.precision)."""
+        return 2 if self.on_cuda else self.trained
 
     @property
     def trained(self) -> int:
         """Bytes of a weight that learns: float32, but bfloat16 for the light optimizer."""
-        return 2 if self.on_cuda and self.optimizer == "light" and not self.lora else 4
+        return 2 if self.optimizer == "light" else 4
 
 
 @dataclass(frozen=True)
