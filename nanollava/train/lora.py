@@ -118,8 +118,8 @@ def base_checksum(model: Llava) -> str:
 
 def trained(model: Llava) -> dict[str, Tensor]:
     """The tensors that learn, by name: those of adapters and projector."""
-    learning = {name for name, p in model.named_parameters() if p.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict().items() if name in learning}
+    state = model.state_dict()
+    return {name: x for name, x in state.items() if name.startswith("projector.") or name.endswith((".A", ".B"))}
 
 
 def write_trained(model: Llava, tensors: dict[str, Tensor], folder: Path, options: "Options") -> None:
