@@ -15,19 +15,20 @@ from pathlib import Path
 import torch
 
 from nanollava.checkpoint import load, load_language, load_vision
-from nanollava.error import Error, forgive_encoding, say
+from nanollava.error import Error, forgive_encoding, out_of_memory, say
 from nanollava.folder import last_good
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.miniature.recipe import RECIPES, run_miniature
 from nanollava.projector import make_projector, whiten
 from nanollava.tokenizer import load_tokenizer
 from nanollava.train import distributed, lora, settings
-from nanollava.train.budget import How, estimate, full_rows, outline, report
+from nanollava.train.advice import report
+from nanollava.train.budget import How, estimate, full_rows, outline
 from nanollava.train.data import Dataset
 from nanollava.train.features import FeatureCache
 from nanollava.train.keep import alone
 from nanollava.train.loop import Options, train
-from nanollava.train.machine import memory_in_use
+from nanollava.train.machine import check_bfloat16, memory_in_use
 from nanollava.train.probe import largest, probe
 from nanollava.train.records import Example, Report, group_by_image, hold_out, read_records
 from nanollava.train.resume import check_out, progress
@@ -55,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         return 1
     except Exception as error:
+        if out_of_memory(error) and args.command != "miniature":
+            tells = "the same command with --dry-run tells what the run takes, and what would save how much"
+            error = Error(f"out of memory outside of a step: {tells}")
         return say(error) if distributed.may_tell() else 2
     return 0
 
@@ -146,12 +150,16 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     settings.settle(args, stage)
     device = distributed.join(args.device)
     check_device(device)
+    check_bfloat16(device)
     if not args.dry_run:
         with alone(args.out):
             check_out(args.out, args.resume)
     torch.manual_seed(args.seed)
-    args.device = device if distributed.processes() == 1 else "cpu"  # shares are cut from what is there in full
-    model = build_model(args, stage, "meta" if args.dry_run else args.device)
+    args.device = device
+    place = device if distributed.processes() == 1 else "cpu"  # shares are cut from what is there in full
+    model = build_model(args, stage, "meta" if args.dry_run else place)
+    if not args.dry_run:
+        model.vision.to(device)  # which is never cut
     if args.dry_run and not args.data:
         work = full_rows(model.config, args.rows_at_once or args.batch_size)
         return print(report(model.config, stage, How.of(args, args.device), work))
@@ -171,9 +179,8 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
         return probe_run(args, stage, datasets[0], options)
     if getattr(args, "whiten", False) and not args.resume:
         whiten(model.projector, patch_features(model, datasets[0]))
-    distributed.shard(model, device)
     distributed.let_tell()
-    train(model, stage, *datasets, args.out, options, args.resume)
+    train(model, stage, *datasets, args.out, options, args.resume, device)
     distributed.leave()
     print(f"{stage.name} is done: talk to it with  python chat.py {args.out}")
 

@@ -16,9 +16,16 @@ def one_line(error: Exception) -> str | None:
         return f"{name}: {error.strerror or first_line(error)}; check the path and the disk"
     if "Symlink loop" in str(error):
         return f"{first_line(error)}; check the path"
-    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+    if out_of_memory(error):
         return "out of memory on this device: try fewer rows at once, shorter ones, another --dtype or a smaller model"
     return None
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine has no more memory to give: CUDA, MPS, a CPU and cuBLAS each say it their way."""
+    said = ("out of memory", "not enough memory", "ALLOC_FAILED")
+    known = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in said))
 
 
 def say(error: Exception) -> int:

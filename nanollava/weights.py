@@ -40,10 +40,16 @@ def check_device(device: Device) -> None:
         raise Error(f"device {device}: not to be used here ({first_line(error)}); leave it out or say cpu") from error
 
 
-def check_dtype(dtype: object) -> None:
-    """Raises Error for what weights cannot be: no floats, or floats of a single byte."""
+def check_dtype(dtype: object, device: Device = "cpu") -> None:
+    """Raises Error for what weights cannot be: no floats, floats of a single byte, or such as the device lacks."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise Error(f"dtype is {dtype!r}: give one of PyTorch's, such as torch.bfloat16")
+    try:
+        one = torch.ones(1, 1, device=device, dtype=dtype)
+        (one @ one).item()
+    except (RuntimeError, TypeError) as error:
+        name = str(dtype).removeprefix("torch.")
+        raise Error(f"dtype {name}: device {device} lacks it ({first_line(error)}); choose another --dtype") from error
 
 
 def fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype: Dtype) -> None:
@@ -58,7 +64,7 @@ def fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype:
         return
     check_device(device)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-    check_dtype(dtype)
+    check_dtype(dtype, device)
     tensors = _read(folder, _match(module, folder, layout), device, dtype)
     for head, embedding in _tied(module).items():
         if not torch.equal(tensors.setdefault(head, tensors[embedding]), tensors[embedding]):

@@ -18,7 +18,8 @@ from nanollava.llama import Block, Llama, LlamaConfig, rotary_angles
 from nanollava.llava import LlavaConfig
 from nanollava.tokenizer import Tokenizer
 from nanollava.train import budget, lora
-from nanollava.train.budget import GB, How, Work, advice, estimate, full_rows, outline
+from nanollava.train.advice import advice
+from nanollava.train.budget import GB, How, Work, estimate, full_rows, outline
 from nanollava.train.stages import STAGES
 from nanollava.vit import VisionConfig, VisionTransformer
 
@@ -85,7 +86,7 @@ def test_parameters_and_bytes_of_7b():
     projector = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
     full = estimate(outline(LLAVA_7B, STAGES["stage2"], ON_CUDA), ON_CUDA, ROW)
     trained = 6_738_415_616 + projector
-    assert full.weights == 4 * (trained + 303_507_456)
+    assert full.weights == 4 * trained + 2 * 303_507_456  # the tower is only read
     assert (full.gradients, full.states) == (4 * trained, 8 * trained)
     short = estimate(outline(LLAVA_7B, STAGES["stage2"], ON_CUDA), ON_CUDA, Work(1, 64, 8, 0))
     assert short.peak == full.weights + (8 + 4 + 4) * trained  # states, gradients, and AdamW's roots of all at once
@@ -100,6 +101,7 @@ def test_parameters_and_bytes_of_7b():
     assert least.gradients == 2 * max(32000 * 4096, 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
     first = estimate(outline(LLAVA_7B, STAGES["stage1"], ON_CUDA), ON_CUDA, ROW)
     assert (first.gradients, first.states) == (4 * projector, 8 * projector)
+    assert first.weights == 2 * (6_738_415_616 + 303_507_456) + 4 * projector  # stage 1 only reads the decoder too
 
 
 def test_recomputing_keeps_the_inputs_of_the_blocks():

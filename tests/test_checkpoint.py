@@ -363,6 +363,22 @@ def test_a_tensor_in_two_shards(tmp_path):
     refused(tmp_path / "run", r"1 \(model.norm.weight\) tensors are in two files", load_language)
 
 
+def test_a_dtype_that_the_device_lacks_is_one_line(tmp_path, monkeypatch):
+    """As MPS says it of float64; before a weight is read."""
+    ones = torch.ones
+    save(make(), tmp_path / "run")
+
+    def lacking(*shape, device=None, dtype=None):
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return ones(*shape, device=device, dtype=dtype)
+
+    monkeypatch.setattr(torch, "ones", lacking)
+    with pytest.raises(Error, match=r"dtype float64: device cpu lacks it \(Cannot .*\); choose another --dtype"):
+        load(tmp_path / "run", dtype=torch.float64)
+    assert load(tmp_path / "run", dtype=torch.float16).language.norm.weight.dtype == torch.float16
+
+
 def test_a_dtype_that_weights_cannot_have_destroys_nothing(tmp_path):
     model = make()
     save(model, tmp_path / "run")

@@ -31,6 +31,23 @@ def step(adam: Light, *gradients: tuple[nn.Parameter, Tensor]) -> float:
     return norm
 
 
+# ---------------------------------------------------------------- several processes
+
+
+def test_what_is_idle_keeps_its_numbers_and_moments_whatever_backward_gives_it():
+    """As the zeros that a process without images has for the projector: momentum would move it."""
+    p, other = parameter(1.0), parameter(1.0)
+    adam = optimizer(p, other)
+    step(adam, (p, torch.ones(1)), (other, torch.ones(1)))
+    state, kept = adam.state[p], p.detach().clone()
+    moments = state["mean"].clone(), state["square"].clone()
+    adam.idle = frozenset({p})
+    step(adam, (p, torch.zeros(1)), (other, torch.zeros(1)))
+    assert torch.equal(p, kept) and p.grad is None and state["steps"] == 1
+    assert torch.equal(state["mean"], moments[0]) and torch.equal(state["square"], moments[1])
+    assert adam.state[other]["steps"] == 2 and not torch.equal(adam.state[other]["mean"], moments[0])
+
+
 # ---------------------------------------------------------------- rounding
 
 

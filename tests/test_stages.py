@@ -11,8 +11,8 @@ from nanollava.checkpoint import load, load_language, load_vision, save
 from nanollava.conversation import IGNORE
 from nanollava.llava import LlavaConfig
 from nanollava.tokenizer import load_tokenizer
-from nanollava.train.data import Dataset
-from nanollava.train.loop import Options, Run, count_targets
+from nanollava.train.data import Dataset, count_targets
+from nanollava.train.loop import Options, Run
 from nanollava.train.records import read_records
 from nanollava.train.stages import STAGES, freeze, parameter_table
 

@@ -35,9 +35,8 @@ from nanollava.llava import Llava
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
 from nanollava.tokenizer import load_tokenizer
 from nanollava.train import blocks, loop, resume
-from nanollava.train.data import Dataset
-from nanollava.train.loop import draw_batches
-from nanollava.train.machine import share_cores
+from nanollava.train.data import Dataset, draw_batches
+from nanollava.train.machine import check_bfloat16, share_cores
 from nanollava.train.records import Example
 from nanollava.train.stages import PARTS, STAGES, precision
 from nanollava.vit import VisionConfig, VisionTransformer
@@ -520,6 +519,7 @@ def test_a_run_is_not_resumed_with_other_settings(words, trainer, talks, aligned
     line = refused(capsys, status, str(cut))
     name = words[0][2:].replace("-", "_")
     assert ("data was" if name == "share_images" else f"{name} was") in line.replace("different data: ", "data was ")
+    assert "give the same" in line and "or another --out" in line
     assert (cut / "training.pt").read_bytes() == before
 
 
@@ -889,6 +889,16 @@ def test_two_kinds_of_validation_are_one_too_many(trainer, captions, tmp_path, c
 def test_a_device_that_is_not_there_is_one_line(device, trainer, captions, tmp_path, capsys):
     status = trainer.stage(1, captions, tmp_path / "out", "--device", device)
     assert f"device {device}: not to be used here" in refused(capsys, status)
+
+
+def test_a_gpu_without_bfloat16_is_one_line(trainer, captions, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.check_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    status = trainer.stage(1, captions, tmp_path / "out", "--device", "cuda:1")
+    refused(capsys, status, "device cuda:1: Tesla T4 lacks bfloat16", "newer one, or cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    check_bfloat16("cuda:1")
 
 
 # ---------------------------------------------------------------- in less memory

@@ -227,6 +227,17 @@ def test_a_resumed_run_gives_losses_and_weights_bit_for_bit(trainer, talks, alig
     assert not {file.name for file in cut.iterdir()} & {"training.pt", "adapter_config.json"}
 
 
+def test_each_process_draws_its_own_dropout_and_a_resumed_one_the_same(aligned, monkeypatch):
+    model, draws = load(aligned), {}
+    for rank, seed, step in [(r, s, t) for r in (0, 1, 7) for s in (0, 5) for t in (1, 2)]:
+        monkeypatch.setattr(lora.distributed, "rank", lambda rank=rank: rank)
+        for _ in range(2):
+            lora.seed_dropout(model, seed, step)
+            draws.setdefault((rank, seed, step), []).append(torch.rand(9))
+    assert all(torch.equal(*pair) for pair in draws.values())
+    assert len({tuple(first.tolist()) for first, _ in draws.values()}) == 12
+
+
 def test_the_seed_changes_what_dropout_draws(trainer, talks, aligned, undisturbed, tmp_path):
     """Or the test above would prove nothing of it."""
     assert trainer.stage(2, talks, tmp_path / "out", "--model", aligned, *WORDS, "--lora-dropout", 0) == 0

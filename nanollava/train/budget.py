@@ -1,5 +1,5 @@
-"""What a run will take, worked out from sizes alone, before a weight is read: parameters, memory by kind, which cards
-it fits. Bytes throughout; one line says where each term comes from.
+"""What a run will take, worked out from sizes alone, before a weight is read: parameters and memory by kind. Bytes
+throughout; one line says where each term comes from. advice.py puts it into words.
 
 Three moments compete for the peak, on top of weights and optimizer states, which are always there:
 
@@ -15,8 +15,7 @@ Letters: D language width, A = H E queries' width, K keys' width, I width inside
 width, N patches, T positions of a row, r rank of the adapters.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,15 +23,16 @@ from torch import nn
 
 from nanollava.attention import FLEX_FROM
 from nanollava.llama import LlamaConfig
-from nanollava.llava import Llava, LlavaConfig
+from nanollava.llava import Batch, Llava, LlavaConfig
 from nanollava.loss import ROWS
 from nanollava.train import lora
+from nanollava.train.data import count_targets
+from nanollava.train.distributed import processes
 from nanollava.train.optim import is_hidden
-from nanollava.train.stages import Stage, freeze, parameter_table
+from nanollava.train.stages import Stage, freeze
 from nanollava.vit import VisionConfig
 
 GB = 1e9
-CARDS = (8, 16, 24, 48, 80)  # their GB are 2^30 bytes: of the 7% more than 10^9, CUDA itself takes most
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,17 @@ class Work:
     images: int
     parts: int = 1  # micro-batches of a step
 
+    @classmethod
+    def largest(cls, batches: list[Batch], parallel: int) -> "Work":
+        """That of a step's micro-batches, ``parallel`` of them side by side."""
+        images = [0 if batch.pixels is None else len(batch.pixels) for batch in batches]
+        targets, parts = [count_targets([batch]) for batch in batches], -(-len(batches) // parallel)
+        works = [cls(*b.token_ids.shape, t, i, parts) for b, t, i in zip(batches, targets, images, strict=True)]
+        return max(works, key=cls.size, default=cls(1, 64, 1, 0))
+
+    def size(self) -> tuple[int, int]:
+        return self.rows * self.length, self.targets
+
 
 @dataclass(frozen=True)
 class How:
@@ -56,29 +67,29 @@ class How:
     dropout: float = 0.0
     recompute: bool = False  # blocks keep their inputs alone
     parallel: int = 1  # micro-batches at the same time, on a CPU
+    processes: int = 1  # with a share each of weights, gradients and states; what they gather is not counted
 
     @classmethod
     def of(cls, settings: Any, device: str) -> "How":
         """From a run's options, or the command line's, which have the same names."""
         on_cuda, recompute = torch.device(device).type == "cuda", getattr(settings, "recompute", False)
-        dropout, parallel = settings.lora_dropout or 0.0, 1 if on_cuda else settings.parallel
-        return cls(on_cuda, settings.optimizer, settings.lora, dropout, recompute, parallel)
+        dropout, parallel = settings.lora_dropout or 0.0, 1 if on_cuda or processes() > 1 else settings.parallel
+        return cls(on_cuda, settings.optimizer, settings.lora, dropout, recompute, parallel, processes())
 
     @property
     def matrix(self) -> int:
-        """Bytes of a number that matrix products take: bfloat16 by autocast on CUDA, float32 on a CPU."""
-        return 2 if self.on_cuda else 4
+        """Bytes of a number that matrix products take: bfloat16 by autocast on CUDA, the weights' dtype on a CPU."""
+        return 2 if self.on_cuda else self.trained
 
     @property
     def frozen(self) -> int:
-        """Bytes of a weight that does not learn, and of the sum that runs through the blocks, whose dtype is that of
-        the embedding: float32 master weights, but bfloat16 under adapters and for the light optimizer."""
-        return 2 if self.on_cuda and (self.lora or self.optimizer == "light") else 4
+        """Bytes of a weight that does not learn: bfloat16 on CUDA, and for the light optimizer (stages.precision)."""
+        return 2 if self.on_cuda else self.trained
 
     @property
     def trained(self) -> int:
-        """Bytes of a weight that learns."""
-        return 2 if self.on_cuda and self.optimizer == "light" and not self.lora else 4
+        """Bytes of a weight that learns: float32, but bfloat16 for the light optimizer."""
+        return 2 if self.optimizer == "light" else 4
 
 
 @dataclass(frozen=True)
@@ -132,19 +143,19 @@ def estimate(model: Llava, how: How, work: Work) -> Budget:
     """The budget of an ``outline``."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     sizes = [p.numel() for _, p in trained]
-    every = sum(p.numel() for p in model.parameters())
+    every, shares = sum(p.numel() for p in model.parameters()), how.processes
     largest = max(sizes)
     activations = how.parallel * decoder_bytes(model, how, work)
     return Budget(
-        weights=how.trained * sum(sizes) + how.frozen * (every - sum(sizes)),
-        states=sum(p.numel() * state_bytes(name, p, how) for name, p in trained),
-        gradients=gradient_bytes(model, how, sum(sizes)),
+        weights=(how.trained * sum(sizes) + how.frozen * (every - sum(sizes))) // shares,
+        states=sum(p.numel() * state_bytes(name, p, how) for name, p in trained) // shares,
+        gradients=gradient_bytes(model, how, sum(sizes)) // shares,
         activations=activations + copies(model, how),
         loss=how.parallel * loss_bytes(model, how, work),
         tower=how.parallel * tower_bytes(model.config.vision, how, work),
         # AdamW over lists of tensors, PyTorch's choice on CUDA, has all square roots at once (torch.optim, "foreach");
         # one by one it has a root and its quotient
-        update=4 * (sum(sizes) if how.on_cuda and how.optimizer == "adamw" else 2 * largest),
+        update=4 * (sum(sizes) if how.on_cuda and how.optimizer == "adamw" else 2 * largest) // shares,
         heap=heap_bytes(model.config.language, how, work, activations),
         parts=work.parts,
     )
@@ -183,18 +194,23 @@ def copies(model: Llava, how: How) -> int:
     if not how.on_cuda:
         return 0
     matrices = [p for p in model.language.layers.parameters() if p.ndim == 2]
-    return 2 * sum(p.numel() for p in matrices if (how.trained if p.requires_grad else how.frozen) == 4)
+    return 2 * sum(p.numel() for p in matrices if bytes_of(p, how) == 4)
+
+
+def bytes_of(p: nn.Parameter, how: How) -> int:
+    """Those of each of its numbers. The embedding's are also those of the sum that runs through the blocks."""
+    return how.trained if p.requires_grad else how.frozen
 
 
 def decoder_bytes(model: Llava, how: How, work: Work) -> int:
     """What the blocks and the last norm keep for the backward pass, and what one block needs while it goes through."""
     c, layers = model.config.language, model.config.language.num_hidden_layers
     positions, trains = work.rows * work.length, any(p.requires_grad for p in model.language.parameters())
-    block = block_bytes(c, how, work.length, trains)
-    passing = how.matrix * 3 * c.intermediate_size + how.frozen * 3 * c.hidden_size  # gradients inside one block
-    end = (4 + how.frozen + how.matrix) * c.hidden_size  # the last norm and what the head takes
+    block, summed = block_bytes(c, how, work.length, trains), bytes_of(model.language.embed_tokens.weight, how)
+    passing = how.matrix * 3 * c.intermediate_size + summed * 3 * c.hidden_size  # gradients inside one block
+    end = (4 + summed + how.matrix) * c.hidden_size  # the last norm and what the head takes
     if how.recompute:  # Chen et al., 2016: inputs of all blocks, the rest of one
-        return positions * (layers * how.frozen * c.hidden_size + block + passing + end)
+        return positions * (layers * summed * c.hidden_size + block + passing + end)
     return positions * (layers * block + passing + end)
 
 
@@ -213,8 +229,8 @@ def block_bytes(c: LlamaConfig, how: How, length: int, trains: bool) -> int:
         inputs = (5 * D + A + I) * (n + (1 if how.on_cuda else 4)) if how.dropout else n * (2 * D + I)
         return kept + inputs + 7 * n * how.lora  # what dropout leaves, and its mask, for each matrix; A x
     if trains:
-        kept += 2 * how.frozen * D  # what a norm's weight multiplies
-        shared = how.frozen == n  # or autocast makes a copy for each matrix
+        kept += 2 * how.trained * D  # what a norm's weight multiplies
+        shared = how.trained == n  # or autocast makes a copy for each matrix
         kept += n * ((2 if shared else 5) * D + I)  # inputs of q, k, v; gate, up; down
     return kept
 
@@ -224,7 +240,7 @@ def loss_bytes(model: Llava, how: How, work: Work) -> int:
     the backward pass begins."""
     head, exact = model.language.lm_head.weight, 4
     logits = min(work.targets, ROWS) * head.shape[0] * (2 * exact + (how.matrix if how.on_cuda else 0))
-    copy = how.matrix if how.on_cuda and how.frozen == 4 else 0
+    copy = how.matrix if how.on_cuda and bytes_of(head, how) == 4 else 0
     return logits + head.numel() * (copy + exact * head.requires_grad) + 2 * exact * work.targets * head.shape[1]
 
 
@@ -233,63 +249,3 @@ def tower_bytes(c: VisionConfig, how: How, work: Work) -> int:
     (fc1's result, the sigmoid, their product). The pixels come as float32."""
     inside = how.matrix * (2 * c.hidden_size + 3 * c.intermediate_size)
     return work.images * ((1 + c.num_patches) * inside + 4 * 3 * c.image_size**2)
-
-
-# ---------------------------------------------------------------- in words
-
-
-def report(config: LlavaConfig, stage: Stage, how: How, work: Work) -> str:
-    """All of it as text: the run as it is asked for, and the cards that it would fit on."""
-    model = outline(config, stage, how)
-    budget = estimate(model, how, work)
-    logits = f"logits of {min(work.targets, ROWS)} positions at a time, the head's gradient"
-    kinds = {
-        "weights": budget.weights,
-        "gradients": budget.gradients,
-        "optimizer states": budget.states,
-        f"activations of {work.rows} rows of {work.length:,} positions": budget.activations,
-        logits: budget.loss,
-        f"activations of the tower, {work.images} images": budget.tower,
-        "beside the gradients, as weights are updated": budget.update,
-        "at the same time, at most": budget.live,
-        **({} if how.on_cuda else {"this process, with gaps between freed tensors, about": budget.peak}),
-    }
-    lines = [f"{name:<60} {size / GB:>8.2f} GB" for name, size in kinds.items()]
-    on_card = replace(how, on_cuda=True, parallel=1)
-    cards = [f"{card:>3} GB card: {advice(config, stage, on_card, work, card * GB)}" for card in CARDS]
-    return "\n".join([parameter_table(model), "", *lines, "", *cards])
-
-
-def advice(config: LlavaConfig, stage: Stage, how: How, work: Work, room: float) -> str:
-    """Whether it fits into so many bytes; if not, which options would make it fit, and what each saves."""
-
-    def peak(how: How, work: Work) -> int:
-        return estimate(outline(config, stage, how), how, work).peak
-
-    if (needed := peak(how, work)) <= room:
-        return f"fits, with {needed / GB:.1f} GB"
-    tried = []
-    for options in remedies(stage, how, work):
-        before, saved = needed, []
-        for option, *smaller in options:
-            after = peak(*smaller)
-            if after < 0.99 * before:
-                saved.append(f"{option} saves {(before - after) / GB:.1f}")
-                before = after
-            if before <= room:
-                return f"too small for {needed / GB:.1f} GB; {', '.join(saved)}: fits, with {before / GB:.1f} GB"
-        tried.append((before, saved))
-    least, saved = min(tried)
-    return f"too small for {needed / GB:.1f} GB; {', '.join(saved) or 'no option helps'}: still {least / GB:.1f} GB"
-
-
-def remedies(stage: Stage, how: How, work: Work) -> Iterator[list[tuple[str, How, Work]]]:
-    """Options that save memory, each with those before it: those that train the same weights, then with adapters."""
-    one = replace(work, rows=1, parts=work.parts * work.rows, targets=-(-work.targets // work.rows))
-    one = replace(one, images=-(-work.images // work.rows))
-    less = replace(how, recompute=True)
-    first = [("--rows-at-once 1", how, one), ("--recompute", less, one)]
-    yield [*first, ("--optimizer light", replace(less, optimizer="light"), one)]
-    if "language" in stage.trained and not how.lora:
-        adapted = {"lora": lora.RANK, "dropout": lora.DROPOUT, "optimizer": "adamw"}
-        yield [*first, (f"--lora {lora.RANK}", replace(less, **adapted), one)]

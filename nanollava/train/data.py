@@ -197,3 +197,23 @@ class Dataset:
                 print(f"skipped: {error}", file=sys.stderr)
             return None
         return preprocess(image, self.config.vision.image_size, self.config.image_aspect_ratio)
+
+
+def draw_batches(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:
+    """Endless batches of group numbers: every epoch a new permutation, a batch may reach into the next epoch. A pure
+    function of its arguments, so that a resumed run only has to ``skip`` the batches that were trained on."""
+    first = skip * batch_size
+    epoch, numbers = first // groups, []
+    offset = first % groups
+    while True:
+        order = torch.randperm(groups, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        numbers += order[offset:]
+        epoch, offset = epoch + 1, 0
+        while len(numbers) >= batch_size:
+            yield numbers[:batch_size]
+            numbers = numbers[batch_size:]
+
+
+def count_targets(batches: list[Batch]) -> int:
+    """How many positions are to be predicted."""
+    return sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)

@@ -11,7 +11,6 @@ Weights, gradients and states travel by nccl on CUDA and by gloo on a CPU, the f
 import os
 import sys
 import time
-from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -144,54 +143,57 @@ def level(batches: list[Batch]) -> list[Batch]:
 # ---------------------------------------------------------------- shares
 
 
-def shard(model: Llava, device: str) -> None:
-    """Leave each process its share of every weight, on its device: cut block by block, then all the rest."""
+def shard(model: Llava, device: torch.device) -> None:
+    """Leave each process its share of every weight, on its device: cut block by block, then all the rest. The frozen
+    tower stays as it is, whole: each step would gather it anyway, and the loader may ask it at any time."""
     if processes() == 1:
         return
     for p in model.projector.parameters():  # made at random, or computed: the first one's holds
         dist.broadcast(p.data, 0)
-    mesh = init_device_mesh(torch.device(device).type, (processes(),))
+    mesh = init_device_mesh(device.type, (processes(),))
     for block in model.language.layers:
         fully_shard(block, mesh=mesh)
-    model.loss = reach_all(model, model.loss)
-    fully_shard(model, mesh=mesh)
+    reach_all(model)
+    fully_shard(model, mesh=mesh, ignored_params=set(model.vision.parameters()))
     register_fsdp_forward_method(model, "loss")
 
 
-def reach_all(model: Llava, loss: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
-    """The same loss, but the projector has a gradient also where a process has no image, as it has in the others; and
-    gradients are larger by the number of processes, for FSDP takes their mean, and we their sum."""
+def reach_all(model: Llava) -> None:
+    """What enters the decoder depends on the projector also where a process has no image, as it does in the others:
+    gradients are reduced in the same order everywhere only if backward goes the same way. And gradients become larger
+    by the number of processes, for FSDP takes their mean, and we their sum."""
+    embed, loss = model.embed, model.loss
 
-    def everywhere(batch: Batch) -> Tensor:
-        weight = next(model.projector.parameters())
+    def reached(token_ids: Tensor, patches: Tensor, pixels: Tensor | None) -> Tensor:
+        words, weight = embed(token_ids, patches, pixels), next(model.projector.parameters())
         nothing = model.projector(torch.zeros(1, weight.shape[1], device=weight.device, dtype=weight.dtype))
-        total = loss(batch) + 0 * nothing.float().sum()
+        return words + 0 * nothing.sum().to(words.dtype)
+
+    def enlarged(batch: Batch) -> Tensor:
+        total = loss(batch)
         if total.requires_grad:
             total.register_hook(lambda gradient: gradient * processes())
         return total
 
-    return everywhere
+    model.embed, model.loss = reached, enlarged
 
 
-def drop_zeros(model: Llava, batches: list[Batch]) -> None:
-    """After a step in which no process had an image the projector has no gradient, as in a run of one process: the
-    zeros that reach_all gave it would let its momentum move it."""
-    if processes() > 1:
-        (images,) = summed(sum(bool((batch.patches != NO_PATCH).any()) for batch in batches))
-        for p in model.projector.parameters():
-            p.grad = p.grad if images else None
-
-
-def whole(model: Llava) -> Llava:
-    """The model with its weights gathered, in ordinary memory, at the first process; without numbers elsewhere."""
+def idle(model: Llava, batches: list[Batch]) -> frozenset[nn.Parameter]:
+    """What is to have no gradient in this step, as in a run of one process: the projector's weights if no process has
+    an image. The zeros that reach_all gives them would let their momentum move them."""
     if processes() == 1:
-        return model
+        return frozenset()
+    (images,) = summed(sum(bool((batch.patches != NO_PATCH).any()) for batch in batches))
+    return frozenset() if images else frozenset(model.projector.parameters())
+
+
+def whole(model: Llava, blank: Llava) -> Llava:
+    """``blank``, a model like this one without numbers, with its weights, gathered, in ordinary memory, at the first
+    process; as it was elsewhere."""
     tensors = gathered(model.state_dict())
-    with torch.device("meta"):
-        copy = Llava(model.config, model.tokenizer)
     if rank() == 0:
-        copy.load_state_dict(tensors, assign=True)
-    return copy
+        blank.load_state_dict(tensors, assign=True)
+    return blank
 
 
 def gathered(state: object) -> object:
@@ -225,6 +227,11 @@ def share_of_states(saved: dict, optimizer: torch.optim.Optimizer) -> dict:
     return saved | {"state": {i: {name: cut(x, weights[i]) for name, x in state.items()} for i, state in states}}
 
 
-def norm(gradients: Tensor) -> float:
-    """A norm over all shares as a number."""
-    return float(gradients.full_tensor() if isinstance(gradients, DTensor) else gradients)
+def local(x: Tensor) -> Tensor:
+    """This process's share of a tensor, or all of it where it is not cut; the same memory."""
+    return x.detach().to_local() if isinstance(x, DTensor) else x.detach()
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole tensor, at all processes."""
+    return x.full_tensor() if isinstance(x, DTensor) else x

@@ -35,7 +35,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: Path, model: Llava):
-        self.tower, self.config, self.device = model.vision, model.config, model.device
+        self.tower, self.config, self.device = model.vision, model.config, model.vision.pre_layrnorm.weight.device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else model.vision.pre_layrnorm.weight.dtype
         self.shape = self.config.vision.num_patches, self.config.vision.hidden_size  # N, C
         self.size = self.shape[0] * self.shape[1] * self.dtype.itemsize  # bytes

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from nanollava.attention import can_compile_kernels, compiled
+from nanollava.train.distributed import full, local, rank
 
 B1, B2, EPS = 0.9, 0.999, 1e-8
 PIECE = 2**24  # numbers updated at once: what is computed on the way takes memory too
@@ -36,12 +37,16 @@ class Light(torch.optim.Optimizer):
     """Updates each bfloat16 parameter as soon as backward has its gradient, which is then gone.
 
     For a step of several micro-batches, ``due`` is False in all backwards but the last: their gradients add up in
-    bfloat16, 2 bytes more for each parameter. After the last one call ``finish``, then ``step``.
+    bfloat16, 2 bytes more for each parameter. After the last one call ``finish``, then ``step``. What is ``idle`` has
+    had no gradient in this step, whatever backward says.
+
+    Of a parameter that several processes share each updates its own part: FSDP2 runs the hooks of a parameter when its
+    gradient has been summed and cut.
     """
 
     def __init__(self, groups: list[dict], clip: float, weight_decay: float = 0.0, seed: int = 0):
         super().__init__(groups, {"clip": clip, "weight_decay": weight_decay, "seed": seed, "norm": 0.0})
-        self.due = True
+        self.due, self.idle = True, frozenset()
         self.squares = torch.zeros(())  # of the gradients seen in this step, summed
         places = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"]]
         self.updates = {p: functools.partial(self.update, i, number) for number, (p, i) in enumerate(places)}
@@ -58,23 +63,26 @@ class Light(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, group_number: int, number: int, p: nn.Parameter) -> None:
         """One parameter's step; ``number`` tells it from all others, so that its rounding is its own."""
-        if not self.due:
+        if p in self.idle:
+            p.grad = None
+        if not self.due or p.grad is None:
             return
         group, state = self.param_groups[group_number], self.state[p]
         if not state:
             state.update(steps=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
         state["steps"] += 1
         scale = self.clipped(p.grad, group["clip"])
-        flat = [x.detach().reshape(-1) for x in (p, state["mean"], state["square"], p.grad)]
+        flat = [local(x).reshape(-1) for x in (p, state["mean"], state["square"], p.grad)]
         p.grad = None
-        for start in range(0, p.numel(), PIECE):
-            key = random.Random(f"{group['seed']} {state['steps']} {number} {start}").getrandbits(31)
+        for start in range(0, len(flat[0]), PIECE):
+            place = rank() * p.numel() + start  # no two processes draw the same
+            key = random.Random(f"{group['seed']} {state['steps']} {number} {place}").getrandbits(31)
             pieces = (x[start : start + PIECE] for x in flat)
             self.kernel(*pieces, scale, group["lr"], group["lr"] * group["weight_decay"], state["steps"], key)
 
     def clipped(self, gradient: Tensor, clip: float) -> Tensor:
         """What the gradient is to be multiplied by. On the device: nothing waits for its value."""
-        self.squares = self.squares + torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+        self.squares = self.squares + full(torch.linalg.vector_norm(gradient, dtype=torch.float32)).square()
         return (clip / self.squares.sqrt().clamp(min=self.param_groups[0]["norm"])).clamp(max=1)
 
     def finish(self) -> float:

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nanollava.conversation import IGNORE
 from nanollava.error import Error
 from nanollava.llava import Batch, Llava
 from nanollava.train import lora
+from nanollava.train.advice import told
 from nanollava.train.blocks import prepare_blocks
-from nanollava.train.data import Dataset
-from nanollava.train.distributed import drop_zeros, level, norm, processes, rank, summed, union
+from nanollava.train.data import Dataset, count_targets, draw_batches
+from nanollava.train.distributed import full, idle, level, processes, rank, shard, summed, union
 from nanollava.train.keep import alone
 from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_memory, peak_memory, share_cores
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
@@ -60,28 +60,44 @@ class Options:
 
 
 def train(
-    model: Llava, stage: Stage, data: Dataset, val: Dataset | None, out: Path, options: Options, resume: bool = False
+    model: Llava,
+    stage: Stage,
+    data: Dataset,
+    val: Dataset | None,
+    out: Path,
+    options: Options,
+    resume: bool = False,
+    device: str | None = None,
 ) -> None:
-    """Train in place and leave the result in the folder ``out``. Raises Error where ``out`` does not suit."""
+    """Train in place and leave the result in the folder ``out``. Raises Error where ``out`` does not suit.
+
+    device: where each of several processes keeps its share of the model; None: where the model is.
+    """
     with alone(out):
         check_out(out, resume)
-        Run(model, stage, data, val, out, options).run(resume)
+        Run(model, stage, data, val, out, options, device).run(resume)
 
 
 class Run:
     """One training run: the model, its optimizers, and how far it has come."""
 
-    def __init__(self, model: Llava, stage: Stage, data: Dataset, val: Dataset | None, out: Path, options: Options):
+    def __init__(
+        self,
+        model: Llava,
+        stage: Stage,
+        data: Dataset,
+        val: Dataset | None,
+        out: Path,
+        options: Options,
+        device: str | None = None,
+    ):
         self.model, self.stage, self.data, self.val, self.out, self.options = model, stage, data, val, out, options
-        freeze(model, stage)
-        set_precision(model, stage, options.optimizer, bool(options.lora))
-        if options.lora:
-            lora.adapt(model, options.lora, options.lora_alpha, options.lora_dropout)
-        self.base = lora.base_checksum(model) if options.lora else ""
+        self.device = torch.device(device) if device else model.device
+        self.base = self.shape_model()
         model.config.stage = stage.name if stage.name in STAGES else ""
         model.config.template = stage.template
-        self.on_cuda = model.device.type == "cuda"
-        self.parallel = options.parallel if model.device.type == "cpu" and processes() == 1 else 1
+        self.on_cuda = self.device.type == "cuda"
+        self.parallel = options.parallel if self.device.type == "cpu" and processes() == 1 else 1
         self.rates = {"projector": options.projector_lr or options.lr, "language": options.lr}
         parts = [(getattr(model, part), self.rates[part]) for part in stage.trained]
         self.optimizers = make_optimizers(parts, options.optimizer, options.weight_decay, options.clip, options.seed)
@@ -90,6 +106,17 @@ class Run:
         self.image_sizes = image_sizes(data)  # now: a disk can go away in mid-run
         self.tokens, self.positions, self.targets = 0, 0, 0  # trained on since this process began
         self.waited, self.started, self.first = 0.0, time.perf_counter(), 0
+
+    def shape_model(self) -> str:
+        """Freeze, choose dtypes, add adapters, cut into shares; what tells the base of adapters from others."""
+        model, options = self.model, self.options
+        freeze(model, self.stage)
+        set_precision(model, self.stage, options.optimizer, bool(options.lora), self.device)
+        if options.lora:
+            lora.adapt(model, options.lora, options.lora_alpha, options.lora_dropout)
+        base = lora.base_checksum(model) if options.lora else ""
+        shard(model, self.device)
+        return base
 
     def run(self, resume: bool) -> None:
         if resume:
@@ -118,10 +145,11 @@ class Run:
     def loop(self, interrupted: Callable[[], bool]) -> None:
         self.first, self.started = self.step, time.perf_counter()
         for batches in self.prefetch():
-            entry = self.update(batches)
-            last = self.step == self.options.steps
-            if self.val and (last or (self.options.val_every and self.step % self.options.val_every == 0)):
-                entry["val_loss"] = self.validate()
+            last = self.step + 1 == self.options.steps
+            with told(self, batches):
+                entry = self.update(batches)
+                if self.val and (last or (self.options.val_every and self.step % self.options.val_every == 0)):
+                    entry["val_loss"] = self.validate()
             unread = None
             try:
                 self.report(entry, last)
@@ -150,8 +178,12 @@ class Run:
         self.targets += targets
         if self.options.lora:
             lora.seed_dropout(self.model, self.options.seed, self.step)
+        without = idle(self.model, batches)
+        if self.light:
+            self.light.idle = without
         (loss,) = summed(self.backward(batches, targets))
-        drop_zeros(self.model, batches)
+        for p in without:
+            p.grad = None
         grad_norm = self.light.finish() if self.light else self.clip()
         if not math.isfinite(loss + grad_norm):
             what = "gradient" if math.isfinite(loss) else "loss"
@@ -164,7 +196,7 @@ class Run:
     def clip(self) -> float:
         """The norm of all gradients; where it is above --clip they are scaled down to it."""
         gradients = [p for p in self.model.parameters() if p.grad is not None]
-        return norm(nn.utils.clip_grad_norm_(gradients, self.options.clip))
+        return full(nn.utils.clip_grad_norm_(gradients, self.options.clip)).item()
 
     def count_padding(self, batches: list[Batch]) -> float:
         """The share of a step's positions that hold nothing; all are added to what the run has seen."""
@@ -260,26 +292,6 @@ class Run:
                 f"{peak_memory(self.model.device):.1f} GB  {minutes(left)} left",
                 flush=True,
             )
-
-
-def draw_batches(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:
-    """Endless batches of group numbers: every epoch a new permutation, a batch may reach into the next epoch. A pure
-    function of its arguments, so that a resumed run only has to ``skip`` the batches that were trained on."""
-    first = skip * batch_size
-    epoch, numbers = first // groups, []
-    offset = first % groups
-    while True:
-        order = torch.randperm(groups, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-        numbers += order[offset:]
-        epoch, offset = epoch + 1, 0
-        while len(numbers) >= batch_size:
-            yield numbers[:batch_size]
-            numbers = numbers[batch_size:]
-
-
-def count_targets(batches: list[Batch]) -> int:
-    """How many positions are to be predicted."""
-    return sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)
 
 
 def minutes(seconds: float) -> str:

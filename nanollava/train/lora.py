@@ -28,6 +28,7 @@ from nanollava.layouts import LLAMA, PROJECTOR, ours, theirs
 from nanollava.llama import Llama
 from nanollava.llava import Llava
 from nanollava.lora import add_product, match, read_halves
+from nanollava.train import distributed
 
 if TYPE_CHECKING:
     from nanollava.train.loop import Options
@@ -43,9 +44,11 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base, self.scale, self.dropout = base.requires_grad_(False), alpha / rank, dropout
         device = base.weight.device
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
+        where = device if device.type == "meta" else "cpu"  # the same numbers whatever it is trained on
+        A = torch.empty(rank, base.in_features, device=where, dtype=torch.float32)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as PEFT, and as nn.Linear: within 1 / sqrt(in)
+        self.A = nn.Parameter(A.to(device))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as PEFT, and as nn.Linear: within 1 / sqrt(in)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -93,9 +96,10 @@ def adapters(language: Llama) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def seed_dropout(model: Llava, seed: int, step: int) -> None:
-    """Have dropout draw what it would draw at this step of an undisturbed run. ``eval()`` ends it."""
+    """Have dropout draw what it would draw at this step of an undisturbed run, in each of several processes something
+    else. ``eval()`` ends it."""
     model.train()
-    torch.manual_seed(seed * 1_000_003 + step)
+    torch.manual_seed(seed * 1_000_003 + step + distributed.rank() * 2**25)  # on a CPU the last 32 bits count
 
 
 def base_checksum(model: Llava) -> str:
@@ -112,16 +116,25 @@ def base_checksum(model: Llava) -> str:
 # ---------------------------------------------------------------- the run's folder
 
 
-def write_trained(model: Llava, folder: Path, options: "Options") -> None:
-    """What was trained so far as an official LoRA run: `load` reads it over its base, PEFT the adapters."""
+def trained(model: Llava) -> dict[str, Tensor]:
+    """The tensors that learn, by name: those of adapters and projector."""
+    state = model.state_dict()
+    return {name: x for name, x in state.items() if name.startswith("projector.") or name.endswith((".A", ".B"))}
+
+
+def write_trained(model: Llava, tensors: dict[str, Tensor], folder: Path, options: "Options") -> None:
+    """What was ``trained`` so far as an official LoRA run: `load` reads it over its base, PEFT the adapters."""
     write_settings(model, folder, model.language.norm.weight.dtype)
-    halves = {}
-    for name, adapted in adapters(model.language):
-        module = WRAPPED + theirs(name, LLAMA).removesuffix(".weight")
-        for half, tensor in (("A", adapted.A), ("B", adapted.B)):
-            halves[f"{module}.lora_{half}.weight"] = tensor.detach().cpu()
+    halves, projector = {}, {}
+    for name, tensor in tensors.items():
+        part, _, inner = name.partition(".")
+        if part == "projector":
+            projector[WRAPPED + theirs(inner, PROJECTOR)] = tensor.cpu()
+        else:
+            module, _, half = inner.rpartition(".")
+            module = WRAPPED + theirs(f"{module}.weight", LLAMA).removesuffix(".weight")
+            halves[f"{module}.lora_{half}.weight"] = tensor.cpu()
     save_file(halves, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    projector = {WRAPPED + theirs(name, PROJECTOR): p.cpu() for name, p in model.projector.state_dict().items()}
     torch.save(projector, folder / "non_lora_trainables.bin")
     settings = {
         "peft_type": "LORA",
@@ -144,9 +157,11 @@ def read_trained(model: Llava, folder: Path) -> None:
         pair = halves.pop(name, {})
         if not match(pair, adapted.base.weight, len(adapted.A)):
             raise Error(f"{folder}: damaged (adapters of {name}); choose another --out and start again")
-        adapted.A.copy_(pair["A"])
-        adapted.B.copy_(pair["B"])
+        adapted.A.copy_(distributed.share_of(pair["A"], adapted.A))
+        adapted.B.copy_(distributed.share_of(pair["B"], adapted.B))
     try:
-        model.projector.load_state_dict({ours(name, PROJECTOR): tensor for name, tensor in files.tensors(file)})
-    except RuntimeError as error:
+        stored = {ours(name, PROJECTOR): tensor for name, tensor in files.tensors(file)}
+        places = model.projector.state_dict()
+        model.projector.load_state_dict({name: distributed.share_of(x, places[name]) for name, x in stored.items()})
+    except (RuntimeError, KeyError) as error:
         raise Error(f"{file}: damaged ({first_line(error)}); choose another --out and start again") from error

@@ -37,6 +37,13 @@ def memory_in_use(device: torch.device) -> float:
     return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e9 if statm.exists() else peak_memory(device)
 
 
+def check_bfloat16(device: str) -> None:
+    """Raises Error for a GPU without the dtype that training computes in on CUDA: those before NVIDIA's Ampere."""
+    if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        raise Error(f"device {device}: {name} lacks bfloat16, in which training computes; take a newer one, or cpu")
+
+
 def can_compile(on_cuda: bool) -> bool:
     """Whether torch.compile will work: on a CPU it needs a C++ compiler. Says so where there is none."""
     found = on_cuda or any(map(shutil.which, ("c++", "g++", "clang++", os.environ.get("CXX", "c++"))))

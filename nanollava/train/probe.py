@@ -5,8 +5,8 @@ from itertools import islice
 
 from nanollava.llava import Llava
 from nanollava.train.budget import GB, Work
-from nanollava.train.data import Dataset
-from nanollava.train.loop import Options, Run, count_targets, draw_batches
+from nanollava.train.data import Dataset, draw_batches
+from nanollava.train.loop import Options, Run
 from nanollava.train.machine import peak_memory, share_cores
 from nanollava.train.stages import Stage
 
@@ -15,13 +15,9 @@ STEPS = 10
 
 def largest(data: Dataset, options: Options, parallel: int) -> Work:
     """The largest micro-batch of the steps that ``probe`` will make."""
-    draws, works = draw_batches(len(data), options.batch_size, options.seed), []
-    for numbers in islice(draws, min(STEPS, options.steps)):
-        batches = data.batches(numbers, options.rows_at_once, parallel)
-        for batch in batches:
-            images = 0 if batch.pixels is None else len(batch.pixels)
-            works.append(Work(*batch.token_ids.shape, count_targets([batch]), images, -(-len(batches) // parallel)))
-    return max(works, key=lambda work: (work.rows * work.length, work.targets), default=Work(1, 64, 1, 0))
+    draws = islice(draw_batches(len(data), options.batch_size, options.seed), min(STEPS, options.steps))
+    steps = (data.batches(numbers, options.rows_at_once, parallel) for numbers in draws)
+    return max((Work.largest(batches, parallel) for batches in steps), key=Work.size)
 
 
 def probe(model: Llava, stage: Stage, data: Dataset, options: Options, before: float, estimate: int) -> str:

@@ -14,6 +14,7 @@ import torch
 from nanollava.checkpoint import load, write
 from nanollava.error import Error, first_line
 from nanollava.folder import atomic_folder, check_writable, last_good, read_json
+from nanollava.llava import Llava
 from nanollava.train import lora
 from nanollava.train.distributed import gathered, processes, rank, share_of, share_of_states, whole
 from nanollava.train.keep import keep_older
@@ -23,8 +24,16 @@ if TYPE_CHECKING:
     from nanollava.train.data import Dataset
     from nanollava.train.loop import Run
 
+GIVEN = {  # by the user: what each part of the fingerprint comes from
+    "stage": "stage",
+    "config": "model",
+    "data": "--data",
+    "images": "--images",
+    "options": "options",
+    "base": "--model or --language",
+}
 # options that may change on --resume, as those that end in _every
-UNSHAPING = ("compile", "recompute", "parallel", "keep", "base")
+UNSHAPING = ("compile", "recompute", "rows_at_once", "parallel", "keep", "base")
 
 
 def progress(out: Path) -> str:
@@ -50,20 +59,13 @@ def check_out(out: Path, resume: bool) -> None:
 
 def save(run: "Run", final: bool = False) -> None:
     """The model, the metrics, and, unless the run is over, all that --resume needs: written by the first process, to
-    whom all others give their shares. Adapters are merged at the end."""
-    if run.options.lora and final:
-        lora.merge(run.model)
+    whom all others give their shares."""
     with nullcontext() if rank() else atomic_folder(run.out) as folder:
-        model = whole(run.model)
+        write_weights(run, folder, final)
         if folder:
-            if run.options.lora and not final:
-                lora.write_trained(model, folder, run.options)
-            else:
-                write(model, folder)
             (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.metrics))
             if run.saved:
                 keep_older(run.out, folder, run.saved, run.options.keep - 1)
-        del model
         if not final:
             state = {"optimizers": [gathered(o.state_dict()) for o in run.optimizers], "step": run.step}
             if folder:
@@ -71,9 +73,34 @@ def save(run: "Run", final: bool = False) -> None:
     run.saved = run.step
 
 
+def write_weights(run: "Run", folder: Path | None, final: bool) -> None:
+    """The model, or while there are adapters what was trained; they are merged at the end."""
+    adapted = run.options.lora
+    if adapted and not final:
+        trained = gathered(lora.trained(run.model))
+        if folder:
+            lora.write_trained(run.model, trained, folder, run.options)
+        return
+    model = whole(run.model, blank(run)) if processes() > 1 else run.model
+    if folder and adapted:
+        lora.merge(model)
+    if folder:
+        write(model, folder)
+
+
+def blank(run: "Run") -> Llava:
+    """A model like the run's, its tensors without numbers."""
+    with torch.device("meta"):
+        model = Llava(run.model.config, run.model.tokenizer)
+    if run.options.lora:
+        lora.adapt(model, run.options.lora, run.options.lora_alpha, run.options.lora_dropout)
+    return model
+
+
 def fingerprint(run: "Run") -> dict:
     """What must be the same for a resumed run to give the losses of an undisturbed one, but for rounding: compiling,
-    recomputing and the number of parallel parts, like the machine, may move the last bits."""
+    recomputing and how many rows are computed at once, or side by side, may move the last bits, like the machine; and
+    what adapters' dropout draws."""
     shaping = {k: v for k, v in asdict(run.options).items() if not k.endswith("_every") and k not in UNSHAPING}
     return {
         "stage": run.stage.name,
@@ -101,7 +128,8 @@ def restore(run: "Run") -> None:
     state = read_state(folder / "training.pt")
     for name, value in fingerprint(run).items():
         if state.get(name) != value:
-            raise Error(f"{run.out}: the run there has a different {name}: {differences(state.get(name), value)}")
+            what = f"different {name}: {differences(state.get(name), value)}"
+            raise Error(f"{run.out}: the run there began with {what}; give the same {GIVEN[name]}, or another --out")
     if run.options.lora:
         lora.read_trained(run.model, folder)
     else:

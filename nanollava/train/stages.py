@@ -46,9 +46,9 @@ def precision(part: str, stage: Stage, optimizer: str, device: str | torch.devic
     return torch.bfloat16 if frozen or optimizer == "light" else torch.float32
 
 
-def set_precision(model: Llava, stage: Stage, optimizer: str, lora: bool) -> None:
+def set_precision(model: Llava, stage: Stage, optimizer: str, lora: bool, device: torch.device) -> None:
     for part in PARTS:
-        getattr(model, part).to(precision(part, stage, optimizer, model.device, lora))
+        getattr(model, part).to(precision(part, stage, optimizer, device, lora))
 
 
 def parameter_table(model: Llava) -> str:

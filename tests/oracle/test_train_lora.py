@@ -86,7 +86,7 @@ def test_peft_reads_what_a_run_leaves_on_its_way(tmp_path):
     model, theirs = pair_of_models(SIZES[0], tmp_path / "base")
     (tmp_path / "run").mkdir()
     options = Options(1e-3, None, 1, 1, lora=RANK, lora_alpha=ALPHA, lora_dropout=0.05, base="base")
-    lora.write_trained(model, tmp_path / "run", options)
+    lora.write_trained(model, lora.trained(model), tmp_path / "run", options)
     base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
     read = peft.PeftModel.from_pretrained(base, tmp_path / "run").eval()
     ids = torch.tensor([[1, 5, 60, 7, 33]])
