@@ -88,6 +88,8 @@ def test_operations_of_a_training_step_are_those_that_pytorch_counts(stage, proj
     targets, (rows, length) = int((batch.labels[:, 1:] != IGNORE).sum()), batch.labels.shape
     monkeypatch.setattr(operations, "causal_pairs", lambda lengths: sum(n * n for n in lengths))
     expected = operations.step_operations(config, [length] * rows, targets, 3, run.stage.trained)
+    if stage == "stage2":  # the counter does not know addmm_, by which loss.py adds up the head's gradient
+        expected -= operations.head_operations(config.language, targets)
     assert counted(lambda: run.update([batch])) == expected
 
 
@@ -377,5 +379,5 @@ def test_what_was_measured_is_told_when_it_ends_early(raised, status, tiny, tmp_
 
 
 def test_a_load_that_fails_says_what_was_said(tmp_path):
-    with pytest.raises(Error, match=r"loading .*nowhere .ours.: .*config.json"):
+    with pytest.raises(Error, match=r"loading .* \(ours\): .*nowhere: no such folder"):
         load.in_new_process("ours", tmp_path / "nowhere", CPU, torch.float32)
