@@ -136,7 +136,7 @@ class Bench:
         operations = count.decoder_operations(config.language, positions, count.causal_pairs([positions]))
         operations += count.head_operations(config.language, 1)
         row = self.row(name, "prefill", "positions/s", operations / positions)
-        alone = reference.prefill(other, x) if other else None
+        alone = reference.prefill(other, x, mine.config.language.vocab_size) if other else None
         yield alternate(row, ours.prefill(mine, x), alone, effort.pairs, tolerance)
 
         for how, prepared in ours.DECODERS.items():

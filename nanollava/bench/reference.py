@@ -36,12 +36,11 @@ def tower(model: nn.Module, pixels: Tensor) -> Work:
     return timed(pixels.device, len(pixels), run)
 
 
-def prefill(model: nn.Module, x: Tensor) -> Work:
-    """(1, T, D) embeddings -> logits of the last position."""
-    V = model.config.image_token_index
+def prefill(model: nn.Module, x: Tensor, rows: int) -> Work:
+    """(1, T, D) embeddings -> logits of the last position; of the ``rows`` ids that ours has: exports may have more."""
 
     def run() -> Tensor:
-        return model(inputs_embeds=x, use_cache=True, logits_to_keep=1).logits[:, -1, :V]
+        return model(inputs_embeds=x, use_cache=True, logits_to_keep=1).logits[:, -1, :rows]
 
     return timed(x.device, x.shape[1], run)
 
