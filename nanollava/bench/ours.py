@@ -84,8 +84,13 @@ def training(run: Run, steps: list[list[Batch]], useful: list[int]) -> Work:
     """Optimizer steps on packed batches, in useful positions a second: padding does not count."""
 
     def work(repetition: int) -> Done:
-        losses = []
-        taken = seconds(run.model.device, lambda: losses.append(run.update(steps[repetition])["loss"]))
-        return Done(useful[repetition] / taken, torch.tensor(losses).double())
+        told = []
+        taken = seconds(run.model.device, lambda: told.append(run.update(steps[repetition])))
+        return Done(useful[repetition] / taken, learnt(told[0]["loss"], told[0]["grad_norm"]))
 
     return work
+
+
+def learnt(loss: float, norm: float) -> Tensor:
+    """What a step came to: loss, and the norm of its gradients. As logarithms, so that a small one counts as much."""
+    return torch.tensor([loss, norm]).double().log()

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from nanollava.bench.limits import seconds
-from nanollava.bench.ours import Done, Work, timed
+from nanollava.bench.ours import Done, Work, learnt, timed
 from nanollava.tokenizer import IMAGE_TOKEN_ID
+
+Step = Callable[[dict[str, Tensor]], tuple[float, float]]
 
 
 def installed(name: str = "transformers") -> bool:
@@ -67,8 +69,9 @@ def decode(model: nn.Module, prompt: list[int], pixels: Tensor, tokens: int) -> 
     return work
 
 
-def trainer(model: nn.Module, stage: str, lora: int | None = None, recompute: bool = False) -> Callable[[dict], float]:
-    """A training step as its users write one: padded batch -> loss. The tower frozen; AdamW at rate 0, as ours."""
+def trainer(model: nn.Module, stage: str, lora: int | None = None, recompute: bool = False) -> Step:
+    """A training step as its users write one: padded batch -> loss and norm of the gradients. The tower is frozen; AdamW
+    at rate 0, as ours."""
     model.train()
     model.requires_grad_(stage == "stage2" and not lora)
     if lora:
@@ -81,14 +84,14 @@ def trainer(model: nn.Module, stage: str, lora: int | None = None, recompute: bo
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
     autocast = next(model.parameters()).is_cuda and trained[0].dtype == torch.float32
 
-    def step(batch: dict[str, Tensor]) -> float:
+    def step(batch: dict[str, Tensor]) -> tuple[float, float]:
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             loss = model(**batch).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
+        norm = nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.item(), norm.item()
 
     return step
 
@@ -101,13 +104,13 @@ def adapt(model: nn.Module, rank: int) -> None:
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), model)
 
 
-def training(step: Callable[[dict], float], batches: list[dict[str, Tensor]], useful: list[int]) -> Work:
+def training(step: Step, batches: list[dict[str, Tensor]], useful: list[int]) -> Work:
     """Steps on padded batches, in useful positions a second."""
 
     def work(repetition: int) -> Done:
-        losses, batch = [], batches[repetition]
-        taken = seconds(batch["labels"].device, lambda: losses.append(step(batch)))
-        return Done(useful[repetition] / taken, torch.tensor(losses).double())
+        told, batch = [], batches[repetition]
+        taken = seconds(batch["labels"].device, lambda: told.append(step(batch)))
+        return Done(useful[repetition] / taken, learnt(*told[0]))
 
     return work
 

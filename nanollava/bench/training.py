@@ -14,7 +14,6 @@ from nanollava.bench.batches import Drawn, grouped, make_examples, padded, splic
 from nanollava.bench.machine import free_memory, lack
 from nanollava.bench.rows import Row, alternate, in_turn, settle
 from nanollava.conversation import IGNORE
-from nanollava.llava import LlavaConfig
 from nanollava.train import budget
 from nanollava.train.stages import STAGES
 
@@ -27,12 +26,14 @@ def rows(bench: "Bench", name: str, folder: Path) -> Iterator[Row]:
     if not bench.efforts[name].steps:
         return
     for work, stage, options in recipes(name, bench.on_cuda):
-        needed = memory(bench, models.MODELS[name], stage, options)
-        if needed > free_memory(bench.device):
-            yield Row(name, work, note=f"skipped: {lack(needed, bench.device)}")
-            continue
         bench.tell(f"{name}: {work}")
-        yield Training(bench, name, work, stage, folder, options).row()
+        training = Training(bench, name, work, stage, folder, options)
+        if (needed := training.memory()) > free_memory(bench.device):
+            training.made = Row(name, work, note=f"skipped: {lack(needed, bench.device)}")
+            yield training.made
+        else:
+            yield training.row()
+        del training
         gc.collect()  # models and their gradient hooks refer to each other
 
 
@@ -43,13 +44,6 @@ def recipes(name: str, on_cuda: bool) -> Iterator[tuple[str, str, dict]]:
     yield "stage 2 step", "stage2", shared | ({"optimizer": "light"} if name == "7b" else {})
     if name == "7b":
         yield "stage 2 step, LoRA", "stage2", shared | {"lora": 128, "lora_alpha": 256.0, "lora_dropout": 0.0}
-
-
-def memory(bench: "Bench", config: LlavaConfig, stage: str, options: dict) -> float:
-    """Bytes that both take side by side, or ours where they train one after the other."""
-    how = budget.How(bench.on_cuda, options.get("optimizer", "adamw"), options.get("lora"), 0.0, options["recompute"])
-    alone = budget.estimate(budget.outline(config, STAGES[stage], how), how, budget.full_rows(config, 2)).peak
-    return alone * (2.5 if bench.theirs and not options["recompute"] else 1)
 
 
 class Training:
@@ -70,6 +64,17 @@ class Training:
             trained = STAGES[stage].trained
             operations = count.step_operations(self.config, lengths, targets, len(step), trained)
             self.made.amounts.append(operations / useful)
+
+    def memory(self) -> float:
+        """Bytes that both take side by side, or the larger where they train one after the other."""
+        on_cuda, config, options = self.bench.on_cuda, self.config, self.options
+        how = budget.How(on_cuda, options.get("optimizer", "adamw"), options.get("lora"), 0.0, options["recompute"])
+        outline = budget.outline(config, STAGES[self.stage], how)
+        most = max(self.useful)
+        alone = budget.estimate(outline, how, budget.Work(1, most, most // 2, self.effort.records)).peak
+        if not self.bench.theirs or options["recompute"]:
+            return alone
+        return 2 * alone + 3 * 4 * most * config.language.vocab_size  # logits of all positions, and their gradients
 
     def row(self) -> Row:
         """Side by side; one after the other where a card does not hold both."""
