@@ -70,8 +70,8 @@ def decode(model: nn.Module, prompt: list[int], pixels: Tensor, tokens: int) -> 
 
 
 def trainer(model: nn.Module, stage: str, lora: int | None = None, recompute: bool = False) -> Step:
-    """A training step as its users write one: padded batch -> loss and norm of the gradients. The tower is frozen; AdamW
-    at rate 0, as ours."""
+    """A training step as its users write one: padded batch -> loss and norm of the gradients. The tower is frozen;
+    AdamW at rate 0, as ours."""
     model.train()
     model.requires_grad_(stage == "stage2" and not lora)
     if lora:

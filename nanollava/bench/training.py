@@ -66,15 +66,17 @@ class Training:
             self.made.amounts.append(operations / useful)
 
     def memory(self) -> float:
-        """Bytes that both take side by side, or the larger where they train one after the other."""
+        """Bytes that both take, which hold weights and states at the same time, but not activations."""
         on_cuda, config, options = self.bench.on_cuda, self.config, self.options
         how = budget.How(on_cuda, options.get("optimizer", "adamw"), options.get("lora"), 0.0, options["recompute"])
         outline = budget.outline(config, STAGES[self.stage], how)
-        most = max(self.useful)
-        alone = budget.estimate(outline, how, budget.Work(1, most, most // 2, self.effort.records)).peak
+        rows, records = -(-max(self.useful) // config.max_length), self.effort.records
+        size = max(self.useful) // rows
+        ours = budget.estimate(outline, how, budget.Work(rows, size, size // 2, records))
         if not self.bench.theirs or options["recompute"]:
-            return alone
-        return 2 * alone + 3 * 4 * most * config.language.vocab_size  # logits of all positions, and their gradients
+            return ours.peak
+        logits = 3 * 4 * max(self.useful) * config.language.vocab_size  # theirs: of all positions, with gradients
+        return ours.peak + ours.weights + ours.states + logits
 
     def row(self) -> Row:
         """Side by side; one after the other where a card does not hold both."""
