@@ -28,7 +28,7 @@ class Effort:
 
 FULL = {
     "miniature": Effort(9, 64, 16, 5),
-    "135m": Effort(5, 48, 4, 3),
+    "135m": Effort(5, 48, 3, 3),
     "1.1b": Effort(2, 16, 4, 2),
     "7b": Effort(3, 64, 8, 2),
 }
@@ -139,14 +139,14 @@ class Bench:
         alone = reference.prefill(other, x, mine.config.language.vocab_size) if other else None
         yield alternate(row, ours.prefill(mine, x), alone, effort.pairs, tolerance)
 
-        for how, prepared in ours.DECODERS.items():
+        for how, (prepare, exact) in ours.DECODERS.items():
             self.tell(f"{name}: {how}")
-            model = prepared(mine)
+            model = prepare(mine)
             held = positions + effort.tokens / 2  # in the cache, on average
             read = count.cache_bytes(config.language, held, self.dtype.itemsize) + count.weight_bytes(model.language)
             row = self.row(name, how, "tokens/s", read, "vector")
             asked = models.prompt(config), pixels, effort.tokens
-            alone = reference.decode(other, *asked) if other and how == "decode" else None
+            alone = reference.decode(other, *asked) if other and exact else None
             same = None if self.on_cuda else 0.0  # bfloat16 leaves ties, and what follows another token differs
             yield alternate(row, ours.decode(model, *asked), alone, effort.pairs, same)
 

@@ -67,8 +67,14 @@ def decode(model: Llava, prompt: list[int], pixels: Tensor, tokens: int) -> Work
     return work
 
 
-# how a model can decode: a name for the table, and what is done to a model for it
-DECODERS: dict[str, Callable[[Llava], Llava]] = {"decode": lambda model: model}
+class Decoder(NamedTuple):
+    """A way to decode: what is done to a model for it, and whether its answers are still those of its weights."""
+
+    prepare: Callable[[Llava], Llava]
+    exact: bool
+
+
+DECODERS = {"decode": Decoder(lambda model: model, exact=True)}  # by their rows; what changes a model for good is last
 
 
 def trainer(model: Llava, stage: str, data: Drawn, size: int, **options: object) -> Run:
