@@ -45,7 +45,7 @@ TIED = replace(TINY, language=replace(TINY.language, tie_word_embeddings=True))
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmark on architectures that take no time."""
     monkeypatch.setattr(models, "MODELS", {"miniature": TINY, "135m": TIED, "1.1b": TINY, "7b": TINY})
-    small = measure.Effort(2, 5, 3, 2)
+    small = measure.Effort(2, 5, 3, 2, 1, 2)
     monkeypatch.setattr(measure, "QUICK", {"miniature": small, "135m": replace(small, warm=False)})
     monkeypatch.setattr(measure, "FULL", dict.fromkeys(models.MODELS, small))
     monkeypatch.setattr(command, "measure_limits", lambda device, dtype: Limits(1.0, 2.0, 3.0))
@@ -178,7 +178,7 @@ def test_packed_and_padded_batches_hold_the_same_records():
     assert kept(packed.labels) == kept(other["labels"])
     assert sorted(p.sum().item() for p in packed.pixels) == sorted(p.sum().item() for p in other["pixel_values"])
     assert (packed.documents >= 0).sum() == other["attention_mask"].sum()
-    assert sorted(n for step in grouped(examples, TINY, 2) for n in step) == list(range(6))
+    assert sorted(n for batch in grouped(data, range(2, 6), 2) for n in batch) == [2, 3, 4, 5]
 
 
 def test_examples_are_records_of_these_lengths_in_each_stages_template():

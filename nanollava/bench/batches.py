@@ -4,7 +4,7 @@ Ours packs them (train/data.py). The other gets them right-padded, as its users 
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,10 +60,11 @@ def spliced(example: Example, config: LlavaConfig) -> Spliced:
     return splice(ids, labels, config.vision.num_patches, config.max_length)
 
 
-def grouped(examples: list[Example], config: LlavaConfig, size: int) -> list[list[int]]:
-    """Numbers of the records of each step: batches of similar length, as the official code groups them."""
-    lengths = [len(spliced(example, config).labels) for example in examples]
-    return length_grouped(lengths, [True] * len(examples), size, seed=0)
+def grouped(data: Drawn, numbers: Sequence[int], size: int) -> list[list[int]]:
+    """These records in batches of similar length, as the official code groups them."""
+    lengths = [len(spliced(data.groups[n][0], data.config).labels) for n in numbers]
+    batches = length_grouped(lengths, [True] * len(lengths), size, seed=0)
+    return [[numbers[place] for place in batch] for batch in batches]
 
 
 def padded(data: Drawn, numbers: Iterable[int], image: int) -> dict[str, Tensor]:

@@ -1,7 +1,10 @@
 """The machine and the versions that figures belong to, and how much room it has."""
 
+import ctypes
+import gc
 import importlib.metadata
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -32,7 +35,10 @@ def version(name: str) -> str | None:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can still be taken; infinite where the system does not tell."""
+    """Bytes that can still be taken; infinite where the system does not tell. What was freed goes back before."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # training asks glibc to keep it
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _told("MemAvailable:")
 
 

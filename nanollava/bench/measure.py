@@ -22,17 +22,19 @@ class Effort:
     pairs: int  # repetitions of each
     tokens: int  # decoded
     records: int  # of a training step
-    steps: int  # training steps of each; 0: no training
+    at_once: int  # of them, in memory, for transformers
+    rows: int  # in memory, for ours: of 2,048 positions, which hold about two records
+    steps: int  # training steps of each
     warm: bool = True  # whether a first training step is not counted
 
 
 FULL = {
-    "miniature": Effort(9, 64, 16, 5),
-    "135m": Effort(5, 48, 3, 3),
-    "1.1b": Effort(2, 16, 4, 2),
-    "7b": Effort(3, 64, 8, 2),
+    "miniature": Effort(9, 64, 32, 4, 2, 3),
+    "135m": Effort(5, 48, 16, 2, 1, 2, warm=False),
+    "1.1b": Effort(2, 16, 16, 2, 1, 2),
+    "7b": Effort(3, 64, 32, 8, 4, 2),
 }
-QUICK = {"miniature": Effort(3, 32, 8, 2), "135m": Effort(2, 16, 2, 1, warm=False)}
+QUICK = {"miniature": Effort(3, 32, 8, 4, 2, 2), "135m": Effort(2, 16, 4, 2, 1, 1, warm=False)}
 
 
 @dataclass

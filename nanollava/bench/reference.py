@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from nanollava.bench.limits import seconds
 from nanollava.bench.ours import Done, Work, learnt, timed
+from nanollava.conversation import IGNORE
 from nanollava.tokenizer import IMAGE_TOKEN_ID
 
-Step = Callable[[dict[str, Tensor]], tuple[float, float]]
+Inputs = dict[str, Tensor]
+Step = Callable[[list[Inputs]], tuple[float, float]]
 
 
 def installed(name: str = "transformers") -> bool:
@@ -70,7 +72,7 @@ def decode(model: nn.Module, prompt: list[int], pixels: Tensor, tokens: int) -> 
 
 
 def trainer(model: nn.Module, stage: str, lora: int | None = None, recompute: bool = False) -> Step:
-    """A training step as its users write one: padded batch -> loss and norm of the gradients. The tower is frozen;
+    """A training step as its users write one: padded batches -> loss and norm of the gradients. The tower is frozen;
     AdamW at rate 0, as ours."""
     model.train()
     model.requires_grad_(stage == "stage2" and not lora)
@@ -84,14 +86,17 @@ def trainer(model: nn.Module, stage: str, lora: int | None = None, recompute: bo
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
     autocast = next(model.parameters()).is_cuda and trained[0].dtype == torch.float32
 
-    def step(batch: dict[str, Tensor]) -> tuple[float, float]:
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            loss = model(**batch).loss
-        loss.backward()
+    def step(batches: list[Inputs]) -> tuple[float, float]:
+        counts, total = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches], 0.0
+        for batch, targets in zip(batches, counts, strict=True):
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                loss = model(**batch).loss * (targets / sum(counts))  # the mean over a step's targets, as ours
+            loss.backward()
+            total += loss.item()
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item(), norm.item()
+        return total, norm.item()
 
     return step
 
@@ -104,16 +109,16 @@ def adapt(model: nn.Module, rank: int) -> None:
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), model)
 
 
-def training(step: Step, batches: list[dict[str, Tensor]], useful: list[int]) -> Work:
+def training(step: Step, steps: list[list[Inputs]], useful: list[int]) -> Work:
     """Steps on padded batches, in useful positions a second."""
 
     def work(repetition: int) -> Done:
-        told, batch = [], batches[repetition]
-        taken = seconds(batch["labels"].device, lambda: told.append(step(batch)))
+        told, batches = [], steps[repetition]
+        taken = seconds(batches[0]["labels"].device, lambda: told.append(step(batches)))
         return Done(useful[repetition] / taken, learnt(*told[0]))
 
     return work
 
 
-def moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def moved(batch: Inputs, device: torch.device) -> Inputs:
     return {name: tensor.to(device) for name, tensor in batch.items()}

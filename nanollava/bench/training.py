@@ -1,4 +1,5 @@
-"""The rows of training: our packed steps against padded ones, the same records in each."""
+"""The rows of training: a step on packed rows against one on padded batches of similar length, the same records in
+each. Both hold a few records in memory at a time, and add up the gradients of a step."""
 
 import gc
 from collections.abc import Iterator
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 def rows(bench: "Bench", name: str, folder: Path) -> Iterator[Row]:
     """A row for each stage; one that the machine cannot hold says so."""
-    if not bench.efforts[name].steps:
-        return
     for work, stage, options in recipes(name, bench.on_cuda):
         bench.tell(f"{name}: {work}")
         training = Training(bench, name, work, stage, folder, options)
@@ -52,10 +51,11 @@ class Training:
     def __init__(self, bench: "Bench", name: str, work: str, stage: str, folder: Path, options: dict):
         self.bench, self.stage, self.folder, self.options = bench, stage, folder, options
         self.config, self.effort = models.MODELS[name], bench.efforts[name]
-        examples = make_examples(self.config, stage, 8 * self.effort.records)
+        records, steps = self.effort.records, self.effort.steps
+        examples = make_examples(self.config, stage, records * steps)
         self.data = Drawn(examples, self.config)
-        self.steps = grouped(examples, self.config, self.effort.records)[: self.effort.steps]
-        labels = [[spliced(examples[n], self.config).labels for n in numbers] for numbers in self.steps]
+        self.steps = [range(first, first + records) for first in range(0, records * steps, records)]
+        labels = [[spliced(examples[n], self.config).labels for n in step] for step in self.steps]
         self.useful = [sum(map(len, step)) for step in labels]  # positions of a step, images' included
         limit = bench.limits.product
         self.made = Row(name, work, "useful tokens/s", limit="product", limit_value=limit)
@@ -70,12 +70,14 @@ class Training:
         on_cuda, config, options = self.bench.on_cuda, self.config, self.options
         how = budget.How(on_cuda, options.get("optimizer", "adamw"), options.get("lora"), 0.0, options["recompute"])
         outline = budget.outline(config, STAGES[self.stage], how)
-        rows, records = -(-max(self.useful) // config.max_length), self.effort.records
-        size = max(self.useful) // rows
-        ours = budget.estimate(outline, how, budget.Work(rows, size, size // 2, records))
+        length, parts = config.max_length, -(-self.effort.records // self.effort.at_once)
+        work = budget.Work(self.effort.rows, length, length * self.effort.rows // 2, self.effort.at_once, parts)
+        ours = budget.estimate(outline, how, work)
         if not self.bench.theirs or options["recompute"]:
             return ours.peak
-        logits = 3 * 4 * max(self.useful) * config.language.vocab_size  # theirs: of all positions, with gradients
+        logits = (
+            3 * 4 * self.effort.rows * length * config.language.vocab_size
+        )  # theirs: of all positions, with gradients
         return ours.peak + ours.weights + ours.states + logits
 
     def row(self) -> Row:
@@ -96,8 +98,9 @@ class Training:
         """train.py's step on packed batches."""
         bench, name = self.bench, "padding of ours"
         model = nanollava.load(self.folder, bench.device, bench.dtype)
-        run = ours.trainer(model, self.stage, self.data, self.effort.records, **self.options)
-        batches = [self.data.batches(numbers) for numbers in self.steps]
+        rows = self.effort.rows
+        run = ours.trainer(model, self.stage, self.data, self.effort.records, rows_at_once=rows, **self.options)
+        batches = [self.data.batches(step, rows) for step in self.steps]
         positions = [sum(batch.labels.numel() for batch in step) for step in batches]
         self.made.detail[name] = [1 - a / b for a, b in zip(self.useful, positions, strict=True)]
         work = ours.training(run, batches, self.useful)
@@ -122,8 +125,9 @@ class Training:
         dtype = torch.float32 if bench.on_cuda and not large else bench.dtype
         model = reference.load(self.folder, bench.device, dtype)
         step = reference.trainer(model, self.stage, self.options.get("lora"), large)
-        image = model.config.image_token_index
-        batches = [reference.moved(padded(self.data, numbers, image), bench.device) for numbers in self.steps]
-        positions = [batch["labels"].numel() for batch in batches]
+        image, size = model.config.image_token_index, self.effort.at_once
+        of_step = [grouped(self.data, step, size) for step in self.steps]
+        batches = [[reference.moved(padded(self.data, some, image), bench.device) for some in g] for g in of_step]
+        positions = [sum(batch["labels"].numel() for batch in some) for some in batches]
         self.made.detail["padding of theirs"] = [1 - a / b for a, b in zip(self.useful, positions, strict=True)]
         return reference.training(step, batches, self.useful)

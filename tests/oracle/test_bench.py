@@ -18,7 +18,7 @@ pytest.importorskip("transformers", reason="the reference implementation: pip in
 CPU = torch.device("cpu")
 TINY = LlavaConfig(VisionConfig(16, 8, 16, 40, 3, 2), LlamaConfig(64, 24, 36, 2, 4, 2), "mlp2x_gelu")
 TIED = replace(TINY, language=replace(TINY.language, tie_word_embeddings=True))
-SMALL = measure.Effort(2, 5, 3, 2)
+SMALL = measure.Effort(2, 5, 3, 2, 1, 2)
 
 
 @pytest.fixture
