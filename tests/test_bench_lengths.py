@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from nanollava.bench_lengths import LENGTHS, length_grouped, records
+from nanollava.bench.lengths import LENGTHS, length_grouped, records
 from nanollava.tokenizer import Tokenizer
 
 
