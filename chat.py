@@ -63,6 +63,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--base", metavar="FOLDER", type=Path, help="the language model that a LoRA or a projector was trained on")
     add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, otherwise cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, or if memory is short")
+    add("--compile", action="store_true", help="compile decoding: the first answer waits a minute, words come faster")
+    add("--int8", action="store_true", help="8 bits for a weight of the language model, compiled: less memory, faster")
     add("--temperature", type=float, default=0.0, help="0 (default): the most likely words; 1: as varied as the model")
     add("--top-p", type=float, default=1.0, help="draw among the likeliest words that together have this probability")
     add("--top-k", type=int, default=0, help="draw among this many of the likeliest words")
@@ -102,7 +104,7 @@ class Talk:
         self.chat.reset(self.image)
         self.terminal = args.ask is None and sys.stdin is not None and sys.stdin.isatty()
         self.blind = False  # whether somebody who sees no prompt got an answer without having shown an image
-        size = sum(parameter.numel() for parameter in model.parameters())
+        size = sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers()))  # int8 weights are buffers
         self.title = f"{os.path.relpath(args.folder)}: {size / 1e6:,.1f} million parameters on {model.device}"
         if self.chat.captioner:
             print(STAGE_1, file=sys.stderr)
@@ -184,13 +186,18 @@ def load(args: argparse.Namespace):
     import torch
 
     import nanollava
+    from nanollava.decoding import compile_decoding
+    from nanollava.quantize import quantize
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if dtype is None and device == "cpu" and not fits(args.folder, args.base):
         print("In float32 the weights would not fit in memory: they are loaded as bfloat16.", file=sys.stderr)
         dtype = torch.bfloat16
-    return nanollava.load(args.folder, device, dtype, args.vision, args.base)
+    model = nanollava.load(args.folder, device, dtype, args.vision, args.base)
+    if args.int8:
+        quantize(model)
+    return compile_decoding(model) if args.compile or args.int8 else model
 
 
 def fits(folder: Path, base: Path | None = None) -> bool:

@@ -17,6 +17,7 @@ Shapes: B batch, T positions, H query heads, K key/value heads, E width of a hea
 import functools
 import importlib.util
 import math
+import os
 import shutil
 import sys
 import threading
@@ -117,7 +118,7 @@ def attention(mask: Mask, batch: int, queries: int, keys: int, device: torch.dev
 
 def fastest(mask: Mask, queries: int, device: torch.device) -> str:
     """Packed rows of FLEX_FROM positions or more on CUDA, where kernels can be compiled, take "flex", others "sdpa"."""
-    fused = mask.packed and torch.device(device).type == "cuda" and queries >= FLEX_FROM and can_compile_kernels()
+    fused = mask.packed and torch.device(device).type == "cuda" and queries >= FLEX_FROM and can_compile("cuda")
     return "flex" if fused else "sdpa"
 
 
@@ -184,12 +185,19 @@ def flex(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) 
 
 
 @functools.cache
-def can_compile_kernels() -> bool:
-    """Whether torch.compile can make CUDA kernels: Triton needs a C compiler. Says so, once, where something lacks."""
-    found = importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))
+def can_compile(device_type: str) -> bool:
+    """Whether torch.compile works: on a CPU it needs a C++ compiler, on CUDA Triton and a C compiler; other devices are
+    not tried. Says so, once, where something lacks."""
+    found, needed = False, f"compiler for {device_type}"
+    if device_type == "cuda":
+        needed = "Triton or C compiler"
+        found = importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
+    elif device_type == "cpu":
+        needed = "C++ compiler"
+        found = any(map(shutil.which, ("c++", "g++", "clang++", os.environ.get("CXX", "c++"))))
     if not found:
-        print("no Triton or C compiler: packed rows take PyTorch's own attention, more slowly", file=sys.stderr)
-    return bool(found)
+        print(f"no {needed} found: what would be compiled is run step by step, more slowly", file=sys.stderr)
+    return found
 
 
 @functools.cache

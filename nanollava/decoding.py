@@ -1,8 +1,8 @@
 """One pass of decoding, as PyTorch runs it or as one compiled program.
 
-A new token reads every weight once, so its time should be the bytes of the weights over the memory's bandwidth. In plain
-PyTorch some twenty small operations for each block come on top, each started by itself. torch.compile makes one program
-of the whole step; on CUDA it is recorded as a CUDA graph and replayed.
+A new token reads every weight once, so its time should be the bytes of the weights over the memory's bandwidth. As
+PyTorch runs it, some twenty small operations for each block come on top, each started by itself. torch.compile makes
+one program of the whole step; on CUDA it is recorded as a CUDA graph and replayed.
 
 A program is made for fixed shapes. ``Cache`` hands out as many keys as there are, one more at each step; ``FixedCache``
 hands out all that there is room for, and the mask hides what is not filled yet.
@@ -10,15 +10,10 @@ hands out all that there is room for, and the mask hides what is not filled yet.
 Shapes: B batch, T positions of this pass, D language width, K key/value heads, E width of a head, V vocabulary.
 """
 
-import functools
-import os
-import shutil
-import sys
-
 import torch
 from torch import Tensor
 
-from nanollava.attention import Mask
+from nanollava.attention import Mask, can_compile
 from nanollava.llama import Cache, Llama
 from nanollava.llava import Llava
 
@@ -44,6 +39,8 @@ class FixedCache(Cache):
     def __init__(self, filled: Cache):
         self.keys, self.values = filled.keys, filled.values
         self.length = torch.tensor([filled.length], device=self.keys[0].device)
+        for kept in (*self.keys, *self.values):
+            torch._dynamo.mark_dynamic(kept, 2)  # one program serves all capacities
         if self.length.is_cuda:
             for tensor in (*self.keys, *self.values, self.length):
                 torch._dynamo.mark_static_address(tensor)  # a CUDA graph writes where it was recorded
@@ -62,10 +59,10 @@ class FixedCache(Cache):
 def compile_decoding(model: Llava) -> Llava:
     """Give a model a compiled step: its answers take it from the second token on. Returns the model.
 
-    The first answer waits for the compiler, a minute on a CPU; what it made is kept on disk by PyTorch. Where there is no
-    compiler it says so once, and answers come as before.
+    The first answer waits for the compiler, up to a minute on a CPU; what it made is kept on disk by PyTorch. Without a
+    compiler it says so, once, and answers come as before.
     """
-    if can_compile(model.device):
+    if can_compile(model.device.type):
         options = {"triton.cudagraphs": True} if model.device.type == "cuda" else {"cpp_wrapper": True}
         model.step = torch.compile(next_logits, options=options)
     return model

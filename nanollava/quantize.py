@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanollava.error import Error
 from nanollava.llava import Llava
 
 
@@ -23,6 +24,9 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", (linear.weight.detach() / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale.to(linear.weight.dtype))  # (out,)
 
+    def _save_to_state_dict(self, *_: object) -> None:
+        raise Error("int8 weights can only answer: save or convert the model before quantize()")
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
         if torch.compiler.is_compiling() and x.device.type == "cpu":
@@ -34,7 +38,7 @@ class Int8Linear(nn.Module):
 def quantize(model: Llava) -> Llava:
     """Replace every matrix of the language model but the embedding by its int8 form, in place; returns the model.
 
-    One after the other, so that memory only falls. The result answers; it can be neither trained nor saved.
+    One after the other, so that memory only falls. The result answers; it can be neither trained nor saved (Error).
     """
     for name, module in list(model.language.named_modules()):
         if isinstance(module, nn.Linear):

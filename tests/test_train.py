@@ -1009,7 +1009,7 @@ def test_compiling_the_blocks_changes_no_loss(trainer, talks, aligned, tmp_path,
     """With a stand-in for the compiler, which hands each block back as it is."""
     blocks = []
     monkeypatch.setattr(torch, "compile", lambda block, **_: blocks.append(block) or block)
-    monkeypatch.setattr(loop, "can_compile", lambda on_cuda: True)
+    monkeypatch.setattr(loop, "can_compile", lambda device_type: True)
     words = ("--model", aligned, "--steps", 3, "--batch-size", 2, "--parallel", 2)
     for out, more in (("plain", ()), ("compiled", ("--compile",))):
         assert trainer.stage(2, talks, tmp_path / out, *words, *more) == 0

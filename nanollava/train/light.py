@@ -26,7 +26,7 @@ import random
 import torch
 from torch import Tensor, nn
 
-from nanollava.attention import can_compile_kernels, compiled
+from nanollava.attention import can_compile, compiled
 from nanollava.train.distributed import full, local, rank
 
 B1, B2, EPS = 0.9, 0.999, 1e-8
@@ -53,7 +53,7 @@ class Light(torch.optim.Optimizer):
         for p, update in self.updates.items():
             p.register_post_accumulate_grad_hook(update)
         self.kernel = adamw
-        if places and places[0][0].is_cuda and can_compile_kernels():
+        if places and places[0][0].is_cuda and can_compile("cuda"):
             self.compile()
 
     def compile(self) -> None:

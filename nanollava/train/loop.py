@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nanollava.attention import can_compile
 from nanollava.error import Error
 from nanollava.llava import Batch, Llava
 from nanollava.train import lora
@@ -24,7 +25,7 @@ from nanollava.train.blocks import prepare_blocks
 from nanollava.train.data import Dataset, count_targets, draw_batches
 from nanollava.train.distributed import full, idle, level, processes, rank, shard, summed, union
 from nanollava.train.keep import alone
-from nanollava.train.machine import can_compile, deferred_interrupt, keep_freed_memory, peak_memory, share_cores
+from nanollava.train.machine import deferred_interrupt, keep_freed_memory, peak_memory, share_cores
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
 from nanollava.train.resume import check_out, image_sizes, restore, save
 from nanollava.train.stages import STAGES, Stage, freeze, parameter_table, set_precision
@@ -137,7 +138,7 @@ class Run:
     def prepare(self) -> None:
         """What makes the steps that follow faster."""
         keep_freed_memory()
-        compiling = self.options.compile and can_compile(self.on_cuda)
+        compiling = self.options.compile and can_compile(self.device.type)
         prepare_blocks(self.model.language, self.options.recompute, compiling)
         if compiling and self.light:
             self.light.compile()

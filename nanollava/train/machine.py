@@ -6,7 +6,6 @@ import multiprocessing.connection
 import os
 import platform
 import resource
-import shutil
 import signal
 import sys
 import threading
@@ -42,14 +41,6 @@ def check_bfloat16(device: str) -> None:
     if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         name = torch.cuda.get_device_name(device)
         raise Error(f"device {device}: {name} lacks bfloat16, in which training computes; take a newer one, or cpu")
-
-
-def can_compile(on_cuda: bool) -> bool:
-    """Whether torch.compile will work: on a CPU it needs a C++ compiler. Says so where there is none."""
-    found = on_cuda or any(map(shutil.which, ("c++", "g++", "clang++", os.environ.get("CXX", "c++"))))
-    if not found:
-        print("no C++ compiler found: training without torch.compile, more slowly")
-    return found
 
 
 def share_cores(count: int) -> ThreadPoolExecutor:
