@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from nanollava import attention as module
-from nanollava.attention import FLEX_FROM, Mask, attention, attention_maps, attention_weights, fastest
+from nanollava.attention import FLEX_FROM, Mask, attention, attention_maps, attention_weights, fastest, worth_splitting
 from nanollava.llama import Llama, LlamaConfig
 
 CPU = torch.device("cpu")
@@ -111,6 +111,33 @@ def test_the_result_is_the_equation_query_by_query(how, mask, queries, keys, kv_
     q, k, v = qkv(queries, keys, kv_heads)
     # float32 sums of 16 products in another order: a few units of 6e-8
     torch.testing.assert_close(run(how, mask, q, k, v), by_loops(mask, q, k, v), rtol=1e-5, atol=2e-6)
+
+
+@every_head
+@every_mask
+def test_documents_one_by_one_give_the_equation_and_its_gradients(mask, queries, keys, kv_heads, monkeypatch):
+    monkeypatch.setattr(module, "SAVED_BY_SPLIT", -math.inf)
+    split = run("sdpa", mask, *(ours := qkv(queries, keys, kv_heads)))
+    used = worth_splitting(mask, queries, keys, CPU) is not None
+    assert used == (mask.documents is not None and mask.causal and queries == keys)
+    weights = torch.randn(split.shape, generator=torch.Generator().manual_seed(1))
+    (split * weights).sum().backward()
+    expected = by_loops(mask, *(theirs := qkv(queries, keys, kv_heads)))
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(split, expected, rtol=1e-5, atol=2e-6)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_documents_are_split_where_enough_is_masked_out():
+    halves = torch.tensor([[0] * 160 + [1] * 160])  # each saves 320^2 / 2 - 160^2 = 25,600 pairs
+    assert worth_splitting(Mask(documents=halves), 320, 320, CPU) == [[(160, None), (160, None)]]
+    few = halves[:, 80:240]  # 6,400 pairs
+    scattered = torch.tensor([[0] * 100 + [1] * 120 + [0] * 100])  # a document that goes on behind another
+    for mask in (Mask(documents=few), Mask(documents=scattered), Mask(documents=halves, causal=False), Mask()):
+        positions = 320 if mask.documents is None else mask.documents.shape[1]
+        assert worth_splitting(mask, positions, positions, CPU) is None
+    assert worth_splitting(Mask(documents=halves), 320, 320, torch.device("cuda")) is None
 
 
 @every_head

@@ -10,9 +10,11 @@ from torch import Tensor
 from nanollava import generate
 from nanollava.bench.batches import Drawn
 from nanollava.bench.limits import seconds, wait
+from nanollava.decoding import compile_decoding
 from nanollava.generate import Sampling
 from nanollava.llama import Cache
 from nanollava.llava import Batch, Llava
+from nanollava.quantize import quantize
 from nanollava.train.loop import Options, Run
 from nanollava.train.stages import STAGES
 
@@ -74,7 +76,11 @@ class Decoder(NamedTuple):
     exact: bool
 
 
-DECODERS = {"decode": Decoder(lambda model: model, exact=True)}  # by their rows; what changes a model for good is last
+DECODERS = {  # by their rows; each changes the model for good, and those behind it build on that
+    "decode": Decoder(lambda model: model, exact=True),
+    "decode, compiled": Decoder(compile_decoding, exact=True),
+    "decode, int8": Decoder(quantize, exact=False),
+}
 
 
 def trainer(model: Llava, stage: str, data: Drawn, size: int, **options: object) -> Run:
