@@ -26,7 +26,7 @@ from nanollava.llama import Cache
 from nanollava.llava import Batch, Llava
 from nanollava.train.data import collate, documents
 
-PLAIN_TOKENS, TOKENS, RECORDS, REPETITIONS = 4, 32, 4, 3
+PLAIN_TOKENS, TOKENS, RECORDS, REPETITIONS = 4, 32, 4, 2
 Step = tuple[str, Callable[[], tuple[float, Tensor]]]  # what is done, and: rate, result
 
 
