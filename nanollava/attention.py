@@ -37,9 +37,9 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 # (KempnerInstitute/KempnerForge, pull request 207). `attention(..., how=)` takes either, to time them elsewhere.
 FLEX_FROM = 1024
 
-# Pairs of positions for each document, masked out, from which a CPU computes the documents of a row one by one. Measured
-# on 2 cores, forward and backward, heads of 32 and 64: at 3,000 pairs 0.7 to 1.7 times as fast as under one mask, at
-# 12,000 1.2 to 2.1 times, at 300,000 6 to 8 times.
+# Pairs of positions that are masked out, for each document, from which a CPU takes the documents of a row one by one.
+# Measured on 2 cores, forward and backward, heads of 32 and 64: at 3,000 pairs 0.7 to 1.7 times as fast as under one
+# mask, at 12,000 1.2 to 2.1 times, at 300,000 6 to 8 times.
 SAVED_BY_SPLIT = 12_000
 Run = tuple[int, Tensor | None]  # length of a document, and its mask where it has branches
 

@@ -46,7 +46,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmark on architectures that take no time."""
     monkeypatch.setattr(models, "MODELS", {"miniature": TINY, "135m": TIED, "1.1b": TINY, "7b": TINY})
     small = measure.Effort(2, 5, 3, 2, 1, 2)
-    monkeypatch.setattr(measure, "QUICK", {"miniature": small, "135m": replace(small, warm=False)})
+    monkeypatch.setattr(measure, "QUICK", {"miniature": small, "135m": replace(small, warm=False, compiled=True)})
     monkeypatch.setattr(measure, "FULL", dict.fromkeys(models.MODELS, small))
     monkeypatch.setattr(command, "measure_limits", lambda device, dtype: Limits(1.0, 2.0, 3.0))
 
@@ -220,8 +220,10 @@ def test_quick_measures_every_row_and_writes_everything(tiny, tmp_path, monkeypa
     file = tmp_path / "all.json"
     assert command.main(["--quick", "--device", "cpu", "--out", str(file)]) == 0
     content, printed = json.loads(file.read_text()), capsys.readouterr()
-    works = ["load", "tower", "prefill", *ours.DECODERS, "stage 1 step", "stage 2 step"]
-    assert [(row["model"], row["work"]) for row in content["rows"]] == [(m, w) for m in measure.QUICK for w in works]
+    works = ["load", "tower", "prefill", "decode", "stage 1 step", "stage 2 step"]
+    rows = [("miniature", work) for work in works]
+    works[4:4] = ["decode, compiled", "decode, int8"]
+    assert [(row["model"], row["work"]) for row in content["rows"]] == rows + [("135m", work) for work in works]
     for row in content["rows"]:
         assert row["ours"] and row["rate"] > 0 and row["reached"] > 0 and not row["theirs"] and row["ratio"] is None
         assert f"| {row['model']} | {row['work']} |" in printed.out and not row["note"].startswith("skipped")
