@@ -29,6 +29,7 @@ from nanollava.llava import Llava
 from nanollava.miniature.language import KINDS, Question, ask, describe, fill
 from nanollava.miniature.scenes import ATTRIBUTES, COLOURS, PLACES, SHAPES, SIZES, Thing
 from nanollava.miniature.world import Annotated, read_split
+from nanollava.quantize import quantize
 from nanollava.train.records import read_list
 
 BATCH = 250  # questions generated at once
@@ -210,12 +211,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="a checkpoint folder")
     parser.add_argument("--world", type=Path, required=True, help="the world that train.py miniature has drawn")
     parser.add_argument("--questions", type=int, default=300, help="questions of each kind (300)")
+    parser.add_argument("--int8", action="store_true", help="8 bits for a weight of the language model, as in chat.py")
     args = parser.parse_args(argv)
     forgive_encoding()
     try:
         if not 1 <= args.questions <= MOST:
             raise Error(f"--questions {args.questions}: give 1 to {MOST}, the test scenes hold no more")
-        print(summary(evaluate({"model": load(args.model)}, args.world, args.questions), args.questions))
+        model = quantize(load(args.model)) if args.int8 else load(args.model)
+        print(summary(evaluate({"model": model}, args.world, args.questions), args.questions))
     except Exception as error:
         return say(error)
     return 0
