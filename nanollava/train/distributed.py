@@ -94,10 +94,10 @@ def leave() -> None:
     if processes() > 1:
         summed(0)
         dist.destroy_process_group()
-        atexit.register(leave)
+        atexit.register(end_at_once)
 
 
-def leave() -> None:
+def end_at_once() -> None:
     """End without tearing PyTorch down: a thread of gloo that outlives its group aborted a process there, once, after
     all was saved, and torchrun took the run for failed."""
     sys.stdout.flush()
