@@ -104,7 +104,8 @@ class Talk:
         self.chat.reset(self.image)
         self.terminal = args.ask is None and sys.stdin is not None and sys.stdin.isatty()
         self.blind = False  # whether somebody who sees no prompt got an answer without having shown an image
-        size = sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers()))  # int8 weights are buffers
+        matrices = (buffer for buffer in model.buffers() if buffer.dim() > 1)  # int8 weights are buffers
+        size = sum(tensor.numel() for tensor in chain(model.parameters(), matrices))
         self.title = f"{os.path.relpath(args.folder)}: {size / 1e6:,.1f} million parameters on {model.device}"
         if self.chat.captioner:
             print(STAGE_1, file=sys.stderr)

@@ -246,7 +246,7 @@ def can_compile(device_type: str) -> bool:
         found = importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
     elif device_type == "cpu":
         needed = "C++ compiler"
-        found = any(map(shutil.which, ("c++", "g++", "clang++", os.environ.get("CXX", "c++"))))
+        found = any(map(shutil.which, [os.environ["CXX"]] if "CXX" in os.environ else ("c++", "g++", "clang++")))
     if not found:
         print(f"no {needed} found: what would be compiled is run step by step, more slowly", file=sys.stderr)
     return found

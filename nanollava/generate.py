@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nanollava.attention import asked
 from nanollava.conversation import Message, encode, get_template
 from nanollava.decoding import FixedCache, next_logits
 from nanollava.error import Error, first_line
@@ -93,7 +94,7 @@ def decode(
 
     logits = next_logits(model.language, _embed(model, ids, patches, pixels), cache, padding)
     step = next_logits
-    if model.step is not None:
+    if model.step is not None and asked.maps is None:  # maps are of plain execution
         step, cache = model.step, FixedCache(cache)
     while True:
         tokens = sample(logits, sampling, generator)  # (B,)

@@ -4,7 +4,7 @@
 
 Activations keep their precision (weight-only, absmax, one scale for each output; Dettmers et al., 2022, section 2.1). A
 new token reads every weight once, so bytes are time: a quarter of float32's, half of bfloat16's. That gain needs the
-compiled step (``compiled.py``), which widens q on its way into the product; without it a widened copy is made first.
+compiled step (``decoding.py``), which widens q on its way into the product; without it a widened copy is made first.
 """
 
 import torch
@@ -14,31 +14,38 @@ from torch import Tensor, nn
 from nanollava.error import Error
 from nanollava.llava import Llava
 
+ONLY_ANSWERS = "int8 weights can only answer: train, save or convert the model before quantize()"
+
 
 class Int8Linear(nn.Module):
     """The linear layer (..., in) -> (..., out) that it is made from, which has no bias, with int8 weights."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        scale = (linear.weight.detach().abs().amax(dim=1).float() / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        self.register_buffer("weight", (linear.weight.detach() / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale.to(linear.weight.dtype))  # (out,)
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # no row is divided by 0
+        self.register_buffer("q", (weight / scale[:, None]).round().to(torch.int8))  # (out, in)
+        self.register_buffer("scale", scale)  # (out,), float32 whatever the activations are
+
+    @property
+    def weight(self) -> Tensor:
+        raise Error(ONLY_ANSWERS)
 
     def _save_to_state_dict(self, *_: object) -> None:
-        raise Error("int8 weights can only answer: save or convert the model before quantize()")
+        raise Error(ONLY_ANSWERS)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        if torch.compiler.is_compiling() and x.device.type == "cpu":
-            # A matrix product would have the widened copy written to memory; a sum of products is one loop.
-            return (x.unsqueeze(-2) * weight).sum(dim=-1) * self.scale
-        return F.linear(x, weight) * self.scale
+        if torch.compiler.is_compiling():
+            # A matrix product would have the widened weights written to memory; a sum of products is one loop.
+            return ((x.float().unsqueeze(-2) * self.q).sum(dim=-1) * self.scale).to(x.dtype)
+        return F.linear(x, (self.q * self.scale[:, None]).to(x.dtype))
 
 
 def quantize(model: Llava) -> Llava:
     """Replace every matrix of the language model but the embedding by its int8 form, in place; returns the model.
 
-    One after the other, so that memory only falls. The result answers; it can be neither trained nor saved (Error).
+    One after the other; beside the model only one matrix is in memory, in float32. A head that is tied to the embedding
+    becomes a matrix of its own. The result answers; it can be neither trained nor saved (Error).
     """
     for name, module in list(model.language.named_modules()):
         if isinstance(module, nn.Linear):

@@ -383,3 +383,14 @@ def test_what_was_measured_is_told_when_it_ends_early(raised, status, tiny, tmp_
 def test_a_load_that_fails_says_what_was_said(tmp_path):
     with pytest.raises(Error, match=r"loading .* \(ours\): .*nowhere: no such folder"):
         load.in_new_process("ours", tmp_path / "nowhere", CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "efforts"), [([], "cpu", "FULL"), ([], "cuda", "ON_GPU"), (["--quick"], "cuda", "QUICK")]
+)
+def test_a_gpu_is_given_more_to_do(words, device, efforts, monkeypatch):
+    seen = []
+    monkeypatch.setattr(measure.Bench, "rows", lambda bench, name: iter(seen.append(bench.efforts) or ()))
+    args = command.arguments(words)
+    assert list(command.measured(args, torch.device(device), ["miniature"], Limits(1.0, 2.0, 3.0))) == []
+    assert seen == [getattr(measure, efforts)]

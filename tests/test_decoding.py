@@ -135,3 +135,13 @@ def test_a_cuda_graph_gives_the_answers_of_the_plain_step(model):
     for _ in range(3):  # a graph is recorded at the second call
         answers = generate.generate(model, PROMPTS, pixels, Sampling(max_new_tokens=12))
         assert [answer.ids for answer in answers] == plain
+
+
+def test_maps_are_of_the_plain_step(model):
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("a compiled step keeps no maps")
+
+    model.step = refuse
+    with attention.attention_maps() as maps:
+        (answer,) = generate.generate(model, PROMPTS[:1], None, Sampling(max_new_tokens=4))
+    assert [passed[0].shape[-1] for passed in maps] == [5, 6, 7, 8][: len(answer.ids)]

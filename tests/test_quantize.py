@@ -10,7 +10,7 @@ import nanollava
 from nanollava.attention import can_compile
 from nanollava.error import Error
 from nanollava.llama import Llama, LlamaConfig
-from nanollava.llava import Llava, LlavaConfig
+from nanollava.llava import Batch, Llava, LlavaConfig
 from nanollava.quantize import Int8Linear, quantize
 from nanollava.vit import VisionConfig
 
@@ -25,12 +25,12 @@ def linear(rows: list[list[float]], dtype: torch.dtype = torch.float32) -> nn.Li
 
 
 def widened(layer: Int8Linear) -> torch.Tensor:
-    return layer.weight.double() * layer.scale.double()[:, None]
+    return layer.q.double() * layer.scale.double()[:, None]
 
 
 def test_a_row_by_hand():
     layer = Int8Linear(linear([[127.0, -63.6, 0.4, 0.0], [-0.254, 0.1, 0.002, 0.001], [0.0, 0.0, 0.0, 0.0]]))
-    assert layer.weight.tolist() == [[127, -64, 0, 0], [-127, 50, 1, 0], [0, 0, 0, 0]]  # 0.001 / 0.002 to the even
+    assert layer.q.tolist() == [[127, -64, 0, 0], [-127, 50, 1, 0], [0, 0, 0, 0]]  # 0.001 / 0.002 to the even
     assert layer.scale[:2].tolist() == pytest.approx([1.0, 0.002])
     assert layer(torch.ones(1, 4)).tolist()[0] == pytest.approx([63.0, -0.152, 0.0])
 
@@ -41,9 +41,26 @@ def test_no_weight_is_off_by_more_than_half_a_step(dtype):
     layer = nn.Linear(64, 48, bias=False, dtype=dtype)
     found = Int8Linear(layer)
     step = layer.weight.detach().double().abs().amax(dim=1, keepdim=True) / 127
-    slack = 0.5 + 127 * torch.finfo(dtype).eps  # the step itself is rounded to the dtype
-    assert ((widened(found) - layer.weight.double()).abs() <= slack * step).all()
-    assert found.weight.dtype == torch.int8 and found.scale.dtype == dtype
+    assert ((widened(found) - layer.weight.double()).abs() <= 0.5001 * step).all()  # the step is rounded to float32
+    assert found.q.dtype == torch.int8 and found.scale.dtype == torch.float32
+
+
+@pytest.mark.skipif(not can_compile("cpu"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("value", [0.5, 3e-6])
+def test_float16_neither_overflows_nor_vanishes(value):
+    layer = Int8Linear(linear([[value] * 1024], torch.float16))
+    x, expected = torch.ones(1, 1, 1024, dtype=torch.float16), torch.tensor(value, dtype=torch.float16).item() * 1024
+    with torch.inference_mode():
+        for run in (layer, torch.compile(layer)):
+            assert run(x).item() == pytest.approx(expected, rel=2e-3)
+
+
+def test_it_has_no_loss():
+    model = quantize(Llava(LlavaConfig(VISION, LANGUAGE)))
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    batch = Batch(ids, ids, ids - 1, torch.arange(4)[None], ids, ids, None)
+    with pytest.raises(Error, match="int8 weights can only answer: train"):
+        model.loss(batch)
 
 
 def test_every_matrix_of_the_decoder_is_replaced_and_nothing_else():
@@ -84,7 +101,7 @@ def test_int8_weights_are_not_saved(tmp_path):
     from nanollava.checkpoint import save
 
     model = quantize(Llava(LlavaConfig(VISION, LANGUAGE)))
-    with pytest.raises(Error, match="int8 weights can only answer: save or convert the model before"):
+    with pytest.raises(Error, match="int8 weights can only answer: train, save or convert the model before"):
         save(model, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 

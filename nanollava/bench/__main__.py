@@ -84,23 +84,26 @@ def check_out(file: Path) -> None:
 def run(args: argparse.Namespace, device: torch.device, names: list[str]) -> int:
     """Measure, and tell what was measured even where Ctrl-C or an error came in between."""
     torch.manual_seed(0)
-    rows, status = [], 0
+    rows = []
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tell("limits of this machine")
     limits = measure_limits(device, dtype)
+    status = 1  # of what is no user's mistake
     try:
         for row in measured(args, device, names, limits):
             rows.append(row)
             tell("  " + report.line(row))
+        status = 0
     except KeyboardInterrupt:
         status = 130
     except Exception as error:
         status = say(error)
-    if rows:
-        on_cuda = device.type == "cuda"
-        print(report.whole(machine.description(device), limits, dtype, rows, on_cuda), flush=True)
-        report.write(args.out, machine.description(device), limits, rows, on_cuda, complete=not status)
-        tell(f"all figures: {args.out}")
+    finally:
+        if rows:
+            on_cuda = device.type == "cuda"
+            print(report.whole(machine.description(device), limits, dtype, rows, on_cuda), flush=True)
+            report.write(args.out, machine.description(device), limits, rows, on_cuda, complete=not status)
+            tell(f"all figures: {args.out}")
     return status
 
 
@@ -108,10 +111,9 @@ def measured(args: argparse.Namespace, device: torch.device, names: list[str], l
     """The rows of all models; their weights, which go when a model is done, in a temporary folder."""
     for name in names:
         with tempfile.TemporaryDirectory(prefix="nanollava-bench-") as work:
-            efforts = measure.QUICK if args.quick else measure.FULL
-            yield from measure.Bench(device, limits, Path(work), efforts, tell, args.folder, bool(args.models)).rows(
-                name
-            )
+            efforts = measure.QUICK if args.quick else measure.ON_GPU if device.type == "cuda" else measure.FULL
+            bench = measure.Bench(device, limits, Path(work), efforts, tell, args.folder, bool(args.models))
+            yield from bench.rows(name)
 
 
 def tell(line: str) -> None:

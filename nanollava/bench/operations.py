@@ -76,7 +76,7 @@ def step_operations(
 def weight_bytes(language: Llama) -> int:
     """What decoding a token reads of the decoder: all of it but the embedding, of which it takes one row, where that is
     not the head as well."""
-    tied = language.lm_head.weight.data_ptr() == language.embed_tokens.weight.data_ptr()
+    tied = any(t.data_ptr() == language.embed_tokens.weight.data_ptr() for t in language.lm_head.parameters())
     tensors = {t.data_ptr(): t for t in [*language.parameters(), *language.buffers()]}
     return sum(t.nbytes for t in tensors.values()) - (0 if tied else language.embed_tokens.weight.nbytes)
 

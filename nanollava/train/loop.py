@@ -211,10 +211,10 @@ class Run:
         if self.parallel > 1:
             return self.backward_side_by_side(batches, targets)
         total = 0.0
-        for batch in batches:
+        for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
             loss = self.loss(batch) / targets
             if self.light:
-                self.light.due = batch is batches[-1]
+                self.light.due = not left
             loss.backward()
             total += loss.item()
         return total
