@@ -161,6 +161,7 @@ def test_different_work_gets_no_ratio():
         assert row.agree is agree and row.ratio == (2 if agree else None)
         assert ("NOT THE SAME WORK" in report.line(row)) is not agree
     assert difference(torch.zeros(2), torch.zeros(3)) == math.inf
+    assert difference(torch.tensor([math.nan, 1]), torch.ones(2)) == math.inf
     assert settle(Row("m", "w"), [Done(6, torch.zeros(1))], [Done(3, torch.ones(1))], None).ratio == 2
 
 
