@@ -40,6 +40,7 @@ def test_every_flag_that_is_named_exists():
     known |= {"--image", "--ask", "--base", "--as", "--fp16", "--world"}  # of chat, nanollava.checkpoint and .evaluate
     known |= {"--local-dir"}  # of hf
     known |= {"--nproc-per-node"}  # of torchrun
+    known |= {"--int8"}  # of chat and nanollava.evaluate
     known |= {"--quick", "--ladder", "--models", "--folder"}  # of nanollava.bench
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) <= known
 
