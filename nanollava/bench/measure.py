@@ -32,7 +32,7 @@ class Effort:
 SMALL = {"miniature": Effort(9, 64, 32, 4, 2, 3), "135m": Effort(5, 48, 16, 2, 1, 2, False, True)}
 FULL = SMALL | {"1.1b": Effort(2, 16, 4, 2, 1, 1, warm=False), "7b": Effort(1, 1, 1, 1, 1, 1)}
 ON_GPU = SMALL | {"1.1b": Effort(5, 64, 32, 8, 4, 2), "7b": Effort(3, 64, 32, 8, 4, 2, compiled=True)}
-QUICK = {"miniature": Effort(3, 32, 8, 4, 2, 2), "135m": Effort(2, 16, 4, 2, 1, 1, warm=False)}
+QUICK = {"miniature": Effort(3, 32, 8, 4, 2, 2), "135m": Effort(2, 16, 2, 1, 1, 1, warm=False)}
 
 
 @dataclass
