@@ -41,7 +41,7 @@ FLEX_FROM = 1024
 # Measured on 2 cores, forward and backward, heads of 32 and 64: at 3,000 pairs 0.7 to 1.7 times as fast as under one
 # mask, at 12,000 1.2 to 2.1 times, at 300,000 6 to 8 times.
 SAVED_BY_SPLIT = 12_000
-Run = tuple[int, Tensor | None]  # length of a document, and its mask where it has branches
+Document = tuple[int, Tensor | None]  # its length, and its mask where it has branches
 
 
 class Asked(threading.local):
@@ -120,8 +120,8 @@ def attention(mask: Mask, batch: int, queries: int, keys: int, device: torch.dev
     unmasked = simple and (not mask.causal or (queries == 1 and keys == mask.offset + 1))
     if unmasked or (simple and mask.causal and mask.offset == 0 and queries == keys):
         return functools.partial(F.scaled_dot_product_attention, is_causal=not unmasked, enable_gqa=True)
-    if (runs := worth_splitting(mask, queries, keys, device)) is not None:
-        return functools.partial(by_document, runs)
+    if (rows := worth_splitting(mask, queries, keys, device)) is not None:
+        return functools.partial(by_document, rows)
     return functools.partial(masked, mask.dense(batch, queries, keys, device))
 
 
@@ -177,7 +177,7 @@ def masked(allowed: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=not q.is_cuda)
 
 
-def worth_splitting(mask: Mask, queries: int, keys: int, device: torch.device) -> list[list[Run]] | None:
+def worth_splitting(mask: Mask, queries: int, keys: int, device: torch.device) -> list[list[Document]] | None:
     """The documents of each row, where a CPU computes them faster one by one than all under a mask written out, whose
     products it throws away. None where it does not, or where they do not stand one behind another."""
     whole = mask.causal and isinstance(mask.offset, int) and mask.offset == 0 and queries == keys
@@ -187,7 +187,7 @@ def worth_splitting(mask: Mask, queries: int, keys: int, device: torch.device) -
     saved = len(lengths) * keys**2 - sum(n**2 for row in lengths for n in row)
     if saved < SAVED_BY_SPLIT * sum(map(len, lengths)) or any(map(scattered, mask.documents)):
         return None
-    return [runs_of(mask, row, lengths[row]) for row in range(len(lengths))]
+    return [documents_of(mask, row, lengths[row]) for row in range(len(lengths))]
 
 
 def scattered(documents: Tensor) -> bool:
@@ -195,22 +195,22 @@ def scattered(documents: Tensor) -> bool:
     return len(documents.unique_consecutive()) != len(documents.unique())
 
 
-def runs_of(mask: Mask, row: int, lengths: list[int]) -> list[Run]:
+def documents_of(mask: Mask, row: int, lengths: list[int]) -> list[Document]:
     """Length and mask of each document of a row; None is plain causal."""
-    runs, start = [], 0
+    documents, start = [], 0
     for length in lengths:
         inside = mask.branches[row : row + 1, start : start + length] if mask.branches is not None else None
         branched = inside is not None and bool(inside.any())
-        runs.append((length, Mask(branches=inside).dense(1, length, length, inside.device) if branched else None))
+        documents.append((length, Mask(branches=inside).dense(1, length, length, inside.device) if branched else None))
         start += length
-    return runs
+    return documents
 
 
 @torch.compiler.disable  # the lengths differ from batch to batch, and each would be a program of its own
-def by_document(runs: list[list[Run]], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def by_document(documents: list[list[Document]], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's attention, a call for each document of each row."""
     rows = []
-    for row, *qkv in zip(runs, q.split(1), k.split(1), v.split(1), strict=True):
+    for row, *qkv in zip(documents, q.split(1), k.split(1), v.split(1), strict=True):
         pieces = zip(row, *(x.split([length for length, _ in row], dim=2) for x in qkv), strict=True)
         out = [
             F.scaled_dot_product_attention(*piece, attn_mask=allowed, is_causal=allowed is None, enable_gqa=True)
