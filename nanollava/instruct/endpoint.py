@@ -60,7 +60,8 @@ class EndpointTeacher(Teacher):
         """Raises Error and Unanswered as ``Teacher`` does."""
         for attempt in range(self.retries + 1):
             try:
-                return self.attempt(request)
+                reply, self.trouble = self.attempt(request), ""
+                return reply
             except Later as later:
                 self.trouble = reason = str(later)
                 if attempt < self.retries:
@@ -111,7 +112,7 @@ class EndpointTeacher(Teacher):
             return Error(f"{self.name}: {said}; check --teacher-model and --base-url")
         if error.code == "insufficient_quota":
             return Error(f"{self.name}: {what}, no quota is left; raise it, then give the same command again")
-        if limit in ("max_tokens",) and "max_completion_tokens" in str(error):
+        if limit == "max_tokens" and "max_completion_tokens" in str(error):
             self.limit = "max_completion_tokens"
             return Later(said, 0.0)
         if status in (408, 409, 429) or status >= 500:

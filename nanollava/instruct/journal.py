@@ -122,7 +122,7 @@ def ask_all(requests: list[Request], teacher: Teacher, journal: Journal, concurr
                     raise Error(f"{problem}; what was answered is kept: give the same command again")
             elif isinstance(reply, Exception):
                 raise reply
-            elif reply:
+            elif reply is not None:
                 in_a_row = 0
                 progress.count(reply)
             progress.show()
