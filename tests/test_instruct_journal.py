@@ -251,7 +251,7 @@ def test_the_progress_line_has_rate_tokens_and_time_left(tmp_path, monkeypatch):
     assert "time left not known yet" in progress.line(0.0)
     for _ in range(30):
         progress.count(Reply("", 1000, 50))
-    assert progress.line(60.0) == "40/100  0.5 replies/s  30,000 + 1,500 tokens  2:00 left"
+    assert progress.line(60.0) == "40/100  0.5 replies/s  30,000 tokens read, 1,500 written  2:00 left"
     teacher.trouble = "429 Too Many Requests"
     assert progress.line(60.0).endswith("2:00 left  (repeating: 429 Too Many Requests)")
 
