@@ -210,6 +210,12 @@ def test_where_nothing_is_answered_any_more_the_run_ends(concurrency, tmp_path):
         assert len(journal.done) == 5 and 15 <= len(teacher.asked) < 15 + 3 * concurrency
 
 
+def test_answers_in_between_let_it_go_on(tmp_path):
+    with Journal(tmp_path / "a.jsonl") as journal:
+        assert ask_all(requests(60, dict.fromkeys(range(0, 60, 2), "unanswered")), Fake(), journal, 1, fields) == 30
+        assert len(journal.done) == 30
+
+
 @pytest.mark.parametrize("concurrency", [1, 4])
 @pytest.mark.parametrize(("kind", "error"), [("fatal", Error), ("mistake", KeyError)])
 def test_what_no_repetition_mends_ends_the_run_and_keeps_what_was_answered(kind, error, concurrency, tmp_path):
