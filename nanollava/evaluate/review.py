@@ -69,7 +69,7 @@ def read_matched(file: Path, questions: dict[str, dict], files: Files, remedy: s
 
 
 def check_category(key: str, question: dict, reference: dict, files: Files) -> str:
-    """The question's category. Raises Error for a category that there is no rule for, or that question and reference do not agree on."""
+    """The question's category. Raises Error where there is no rule for it, or the reference has another."""
     category = question["category"].removeprefix(WILD)
     if category not in CATEGORIES:
         problem = f"category {printable(repr(category), 100)} has no rule, only {', '.join(CATEGORIES)} have"
@@ -83,7 +83,7 @@ def check_category(key: str, question: dict, reference: dict, files: Files) -> s
 
 def read_contexts(file: Path) -> tuple[dict[str, Context], str]:
     """What is said of each image, by its name, and what the names of the rules that go with it begin with. In-the-Wild
-    has "caption", a text or a list of them, COCO what instruction data is made of. Raises Error for a malformed line."""
+    has "caption", a text or a list of them; COCO what instruction data is made of. Raises Error on a malformed line."""
     rows = read_lines(file, "image")
     if not any("caption" in row for row in rows.values()):
         return {context.image: context for context in contexts.read_lines(file)}, ""
