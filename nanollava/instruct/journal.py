@@ -88,6 +88,20 @@ class Journal:
         self.close()
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that it is there as a whole or, after a kill or a full disk, as it was before."""
+    new = file.with_name(f".{file.name}.saving")
+    try:
+        with new.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        new.replace(file)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise Error(f"{file}: cannot be written ({error.strerror}); check the path and the disk") from error
+
+
 Finish = Callable[[Request, Reply], dict]
 Outcome = tuple[Request, Reply | Exception]
 
