@@ -152,7 +152,7 @@ def write_lines(file: Path, texts: dict[str, str]) -> Path:
 def cells(output: str) -> dict[str, list[str]]:
     """The rows of a Markdown table."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
-    return {Path(name).name: values for name, *values in rows}
+    return {Path(name).name: values for name, *values in rows if name != "---"}
 
 
 def run(data: Path, step: str, *more: object) -> int:

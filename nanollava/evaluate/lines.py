@@ -71,11 +71,10 @@ def check_resumed(file: Path, done: dict[str, dict], expected: dict[str, dict]) 
     the ``expected`` ones (a model's name, the text of a question, ...)."""
     remedy = "give another --out"
     for key, row in done.items():
+        place = f"{file}: question {printable(key, 100)}"
         if key not in expected:
-            raise Error(f"{file}: holds {printable(key, 100)}, which is none of the questions now; {remedy}")
+            raise Error(f"{place} is none of the questions now; {remedy}")
         for field, value in expected[key].items():
             if row.get(field) != value:
-                was, now = printable(repr(row.get(field)), 100), printable(repr(value), 100)
-                raise Error(
-                    f'{file}: question {printable(key, 100)} was made with "{field}" {was}, not {now}; {remedy}'
-                )
+                was, now = (printable(repr(v), 100) for v in (row.get(field), value))
+                raise Error(f'{place} was made with another "{field}" ({was}, now {now}); {remedy}')

@@ -44,7 +44,8 @@ def ask_for_all(
     known = {r.key: fields | {"teacher": teacher.name, "request": digest(r.messages)} for r, fields in items}
 
     def finish(request: Request, reply: Reply) -> dict:
-        return known[request.key] | read(reply.text) | {"tokens": [reply.prompt_tokens, reply.completion_tokens]}
+        costs = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+        return known[request.key] | read(reply.text) | costs
 
     with Journal(args.out) as journal:
         check_resumed(args.out, journal.done, known)

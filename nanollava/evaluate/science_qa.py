@@ -10,7 +10,6 @@ ScienceQA (LLaVA section 5.2), from its two published files, in steps that can b
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from nanollava.evaluate.science_scores import (
     extract_answer,
 )
 from nanollava.folder import read_json
+from nanollava.instruct.journal import write_whole
 from nanollava.instruct.teacher import Request
 from nanollava.train.records import image_path
 
@@ -42,9 +42,7 @@ Problems = dict[str, Problem]
 def records(args: argparse.Namespace) -> None:
     """Training records in the official format: images are named from the folder of the split's pictures."""
     made = [make_record(problem, args.prompt) for problem in read_problems(args.data, args.split).values()]
-    draft = args.out.with_name(f".{args.out.name}.saving")
-    draft.write_text(json.dumps(made), encoding="utf-8")
-    os.replace(draft, args.out)
+    write_whole(args.out, json.dumps(made))
     print(f"{args.out}: {len(made):,} records, {sum('image' in record for record in made):,} of them with an image")
 
 
