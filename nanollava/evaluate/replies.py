@@ -24,6 +24,7 @@ def add_reply_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one for each reply; none is asked twice")
     add_teacher_options(parser)
     parser.set_defaults(temperature=0.2, max_tokens=LONGEST)  # the official judge's
+    parser.set_defaults(teacher="endpoint")  # the rules of the drawn world make instructions, and judge nobody
 
 
 def chat(system: str, user: str) -> list[dict]:

@@ -104,11 +104,11 @@ class Run:
         return "\n".join(lines)
 
     def table(self, turns: dict[str, list[Turn]], rejected: dict[str, str]) -> str:
-        """For each kind what was planned and what came of it. A question and its answer are two turns."""
+        """For each kind what was planned and what came of it; a turn is a question with its answer (section 4.2)."""
         lines = [f"{'kind':<14}{'planned':>10}{'records':>10}{'rejected':>10}{'mean turns':>12}"]
         for kind in KINDS:
             keys = [item.key for item in self.plan if item.kind == kind]
-            lengths = [2 * len(turns[key]) for key in keys if key in turns]
+            lengths = [len(turns[key]) for key in keys if key in turns]
             mean = f"{sum(lengths) / len(lengths):.2f}" if lengths else "-"
             bad = sum(key in rejected for key in keys)
             if keys:
