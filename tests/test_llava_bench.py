@@ -4,6 +4,9 @@ whole way from the published questions to the table."""
 import json
 import random
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -458,6 +461,21 @@ def test_ctrl_c_keeps_the_answers_that_are_there(pictures, capsys, monkeypatch):
     assert (pictures / "stopped").read_bytes() == (pictures / "whole").read_bytes()
 
 
+def test_a_process_that_was_killed_lost_nothing(pictures, capsys):
+    assert answer(pictures, pictures / "whole") == 0
+    out, words = pictures / "killed", ["--device=cpu", "--max-new-tokens=24", "--batch-size=1"]
+    words += [f"--questions={pictures / 'questions.jsonl'}", f"--images={pictures / 'images'}", f"--out={out}"]
+    command = [sys.executable, "-m", "nanollava.evaluate", "llava-bench", "answer", str(MINIATURE), *words]
+    process = subprocess.Popen(command, cwd=MINIATURE.parents[1], stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out.exists() and out.stat().st_size):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert out.stat().st_size
+    assert answer(pictures, out) == 0
+    assert out.read_bytes() == (pictures / "whole").read_bytes()
+
+
 WRONG_ANSWERS = [
     (
         edit("questions.jsonl", lambda rows: rows[1].update(text="Another one?")),
@@ -519,39 +537,86 @@ def test_a_stage_1_model_is_asked_in_vicuna_s_template(pictures, scripted_model,
 # ---------------------------------------------------------------- the published files
 
 
-def test_the_published_questions_from_drawn_pictures_to_the_table(fixtures, tmp_path, appoint, capsys):
-    """The photographs of COCO cannot be had here: drawn pictures stand under their names."""
-    source = fixtures / "llava_bench_coco"
-    questions = source / "qa90_questions.jsonl"
-    rows = read_lines(questions)
+@pytest.fixture(scope="session")
+def published(fixtures, tmp_path_factory) -> Path:
+    """The answers of the bundled miniature to the 90 questions about COCO. The photographs cannot be had here: drawn
+    pictures stand under their names."""
+    folder = tmp_path_factory.mktemp("published")
+    (folder / "images").mkdir()
+    rows, rng = read_lines(fixtures / "llava_bench_coco" / "qa90_questions.jsonl"), random.Random(0)
     names = sorted({row["image"] for row in rows})
     assert (len(rows), len(names)) == (90, 30)
-    (tmp_path / "images").mkdir()
-    rng = random.Random(0)
     for seed, name in enumerate(names):
-        draw(random_scene(rng, "test"), seed)[0].save(tmp_path / "images" / name)
-    inputs = [f"--questions={questions}", f"--images={tmp_path / 'images'}", "--device=cpu", "--max-new-tokens=32"]
-    out = tmp_path / "answers.jsonl"
-    assert main(["llava-bench", "answer", str(MINIATURE), *inputs, f"--out={out}", "--batch-size=30"]) == 0
-    assert [row["question_id"] for row in read_lines(out)] == list(range(90))
+        draw(random_scene(rng, "test"), seed)[0].save(folder / "images" / name)
+    (folder / "questions.jsonl").symlink_to(fixtures / "llava_bench_coco" / "qa90_questions.jsonl")
+    assert answer(folder, folder / "answers.jsonl", "--batch-size=30") == 0
+    assert [row["question_id"] for row in read_lines(folder / "answers.jsonl")] == list(range(90))
+    return folder
 
-    teacher = appoint(lambda request: f"{5 + int(request.key) % 6} {1 + int(request.key) % 4}\nReasons.")
-    files = [f"--questions={questions}", f"--context={source / 'caps_boxes_coco2014_val_80.jsonl'}",
-             f"--reference={source / 'qa90_gpt4_answer.jsonl'}", f"--answers={out}"]  # fmt: skip
-    capsys.readouterr()
-    assert main(["llava-bench", "judge", *files, f"--out={tmp_path / 'reviews.jsonl'}"]) == 0
+
+def scores_by_length(text: str) -> tuple[int, int]:
+    """Scores that a judge gives for a reference answer of that length."""
+    return 5 + len(text) % 6, 1 + len(text) % 4
+
+
+def judge_published(published: Path, fixtures: Path, out: Path, *more: str) -> int:
+    source = fixtures / "llava_bench_coco"
+    files = [f"--questions={published / 'questions.jsonl'}", f"--answers={published / 'answers.jsonl'}"]
+    files += [f"--context={source / 'caps_boxes_coco2014_val_80.jsonl'}"]
+    files += [f"--reference={source / 'qa90_gpt4_answer.jsonl'}"]
+    return main(["llava-bench", "judge", *files, f"--out={out}", *more])
+
+
+def check_published_table(output: str, rows: list[dict], references: dict[int, str]) -> None:
+    """The table against sums by hand."""
+    table = cells(output)
+    for column, category in enumerate(("conv", "detail", "complex", None)):
+        pairs = [scores_by_length(references[r["question_id"]]) for r in rows if category in (r["category"], None)]
+        reference, model = (round(sum(scores) / len(pairs), 3) for scores in zip(*pairs, strict=True))
+        assert table["miniature"][column] == f"{100 * model / reference:.1f}"
+        assert table["reviews"][column] == str(len(pairs)) == ("90" if category is None else "30")
+
+
+def test_the_published_questions_from_drawn_pictures_to_the_table(published, fixtures, tmp_path, appoint, capsys):
+    rows = read_lines(published / "questions.jsonl")
+    source = fixtures / "llava_bench_coco"
     references = {row["question_id"]: row["text"] for row in read_lines(source / "qa90_gpt4_answer.jsonl")}
     captions = {row["image"]: row["captions"] for row in read_lines(source / "caps_boxes_coco2014_val_80.jsonl")}
+    teacher = appoint(lambda request: "{} {}\nReasons.".format(*scores_by_length(references[int(request.key)])))
+    capsys.readouterr()
+    assert judge_published(published, fixtures, tmp_path / "reviews.jsonl") == 0
+    check_published_table(capsys.readouterr().out, rows, references)
     for row, request in zip(rows, sorted(teacher.asked, key=lambda r: int(r.key)), strict=True):
         text = request.messages[-1]["content"]
-        assert f"[Assistant 1]\n{references[row['question_id']]}\n\n[End" in text
-        assert all(caption.strip() in text for caption in captions[row["image"]]) and row["text"] in text
+        assert f"[Assistant 1]\n{references[row['question_id']]}\n\n[End" in text and row["text"] in text
+        assert all(caption.strip() in text for caption in captions[row["image"]])
 
-    table = cells(capsys.readouterr().out)
-    for column, category in enumerate(("conv", "detail", "complex", None)):
-        mine = [i for i, row in enumerate(rows) if category in (row["category"], None)]
-        reference, model = (
-            round(sum(s(i) for i in mine) / len(mine), 3) for s in (lambda i: 5 + i % 6, lambda i: 1 + i % 4)
-        )
-        assert table["miniature"][column] == f"{100 * model / reference:.1f}"
-        assert table["reviews"][column] == str(len(mine))
+
+def test_the_published_questions_judged_over_a_network_that_fails_now_and_then(
+    published, fixtures, tmp_path, capsys, monkeypatch
+):
+    """A real server on loopback: it delays, refuses, breaks off, and is asked again; twice for nothing that it said."""
+    pytest.importorskip("openai", reason="the extra [teacher] is not installed")
+    from tests.teacher_server import KEY, TeacherServer
+
+    def says(messages: list[dict]) -> str:
+        reference = messages[-1]["content"].partition("[Assistant 1]\n")[2].partition("\n\n[End of Assistant 1]")[0]
+        return "{}, {} \nReasons.".format(*scores_by_length(reference))
+
+    def trouble(messages: list[dict], before: int) -> str:
+        kinds = ("answer", "answer", "delay 0.05", "drop", "429 0", "500", "cut JSON", "half")
+        return "answer" if before else kinds[len(messages[-1]["content"]) % len(kinds)]
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    rows = read_lines(published / "questions.jsonl")
+    told = read_lines(fixtures / "llava_bench_coco" / "qa90_gpt4_answer.jsonl")
+    with TeacherServer(says, trouble) as server:
+        options = [f"--base-url={server.url}", "--teacher-model=gpt-4", "--retry-pause=0.01", "--concurrency=4"]
+        capsys.readouterr()
+        assert judge_published(published, fixtures, tmp_path / "reviews.jsonl", *options) == 0
+        assert len(server.asked) == 90 < sum(server.asked.values())
+        check_published_table(capsys.readouterr().out, rows, {row["question_id"]: row["text"] for row in told})
+        assert {(body["temperature"], body["max_tokens"]) for body in server.bodies} == {(0.2, 1024)}
+        assert judge_published(published, fixtures, tmp_path / "reviews.jsonl", *options) == 0
+        assert max(server.asked.values()) == 2  # the second run asked for nothing
+    assert KEY not in (tmp_path / "reviews.jsonl").read_text()

@@ -29,6 +29,8 @@ from nanollava.tokenizer import IMAGE_TOKEN
 from nanollava.train.features import as_bytes
 from nanollava.train.loop import minutes
 
+TELL_EVERY = 10  # seconds
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -47,6 +49,7 @@ def add_answer_options(parser: argparse.ArgumentParser, longest: int) -> None:
     add("--batch-size", type=int, default=8, help="questions at once (8): memory against speed, the answers are equal")
     add("--max-new-tokens", type=int, default=longest, help=f"longest answer ({longest})")
     add("--device", help="default: cuda where there is one, otherwise cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, float32 on cpu")
     add("--vision", type=Path, help="the CLIP folder, where MODEL has no image tower in it")
     add("--base", type=Path, help="the language model that a LoRA or a projector was trained on")
 
@@ -62,7 +65,8 @@ def answer_all(args: argparse.Namespace, asked: list[Asked]) -> None:
         raise Error(f"--batch-size {args.batch_size}: give 1 or more")
     check_images(asked)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(args.model, device, vision=args.vision, base=args.base)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    model = load(args.model, device, dtype, args.vision, args.base)
     made_by = {"model_id": args.model.resolve().name, "metadata": how(model, sampling)}
     with Journal(args.out) as journal:
         check_resumed(args.out, journal.done, {str(a.id): made_by | {"prompt": a.prompt} for a in asked})
@@ -76,7 +80,7 @@ def answer_all(args: argparse.Namespace, asked: list[Asked]) -> None:
 def answers(model: Llava, asked: list[Asked], batch: int, sampling: Sampling) -> Iterator[tuple[Asked, str]]:
     """Each question with its answer, ``batch`` of them generated at once."""
     prompts = [encode_asked(model, a) for a in asked]
-    start = time.monotonic()
+    start = told_at = time.monotonic()
     for first in range(0, len(asked), batch):
         some = slice(first, first + batch)
         pixels = [look(model, a.image) for a in asked[some] if a.image]
@@ -84,9 +88,10 @@ def answers(model: Llava, asked: list[Asked], batch: int, sampling: Sampling) ->
         told = generate(model, prompts[some], stacked, sampling, template(model))
         for a, answer in zip(asked[some], told, strict=True):
             yield a, answer.text
-        done = first + len(told)
-        left = (time.monotonic() - start) / done * (len(asked) - done)
-        print(f"answers {done:>5,}/{len(asked):,}  {minutes(left)} left", file=sys.stderr, flush=True)
+        done, now = first + len(told), time.monotonic()
+        if now - told_at > TELL_EVERY:
+            told_at, left = now, (now - start) / done * (len(asked) - done)
+            print(f"answers {done:>5,}/{len(asked):,}  {minutes(left)} left", file=sys.stderr, flush=True)
 
 
 def encode_asked(model: Llava, a: Asked) -> list[int]:
