@@ -46,7 +46,7 @@ def add_answer_options(parser: argparse.ArgumentParser, longest: int) -> None:
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="a LLaVA folder")
     add("--out", type=Path, required=True, help="JSON lines, one for each answer; what is there already is not asked")
-    add("--batch-size", type=int, default=8, help="questions at once (8): memory against speed, the answers are equal")
+    add("--batch-size", type=int, default=8, help="questions at once (8): memory against speed")
     add("--max-new-tokens", type=int, default=longest, help=f"longest answer ({longest})")
     add("--device", help="default: cuda where there is one, otherwise cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, float32 on cpu")
