@@ -48,7 +48,7 @@ class EndpointTeacher(Teacher):
         pause: float = 1.0,
     ):
         self.library, self.key = library(), read_key(base_url)
-        self.name = f"{model} at {urlsplit(base_url).netloc.rpartition('@')[2]}"
+        self.name = f"{model} at {urlsplit(base_url).hostname}"
         self.model, self.temperature, self.max_tokens = model, temperature, max_tokens
         self.retries, self.pause, self.timeout = retries, pause, timeout
         self.limit = "max_tokens"  # what the endpoint calls the longest answer; newer models know another name
@@ -85,8 +85,9 @@ class EndpointTeacher(Teacher):
             raise self.refusal(error, limit) from None  # its own words may hold the key
         except self.library.APITimeoutError:
             raise Later(f"no answer within {self.timeout:g} s") from None
-        except self.library.APIConnectionError:
-            raise Later("no connection, or it broke") from None
+        except self.library.APIConnectionError as error:
+            reason = first_line(error.__cause__ or error)
+            raise Later(f"no connection, or it broke ({printable(self.hide(reason), 100)})") from None
         except (self.library.OpenAIError, ValueError):  # the second: JSON that ends too early
             raise Later(BROKEN) from None
         return self.read(answer)

@@ -213,7 +213,7 @@ class Progress:
         asked = self.done - self.before
         rate = asked / max(seconds, 1e-9)
         left = f"{minutes((self.total - self.done) / rate)} left" if asked else "time left not known yet"
-        tokens = f"{self.read:,} + {self.written:,} tokens"
+        tokens = f"{self.read:,} tokens read, {self.written:,} written"
         trouble = getattr(self.teacher, "trouble", "")
         again = f"  (repeating: {printable(trouble, 60)})" if trouble else ""
         return f"{self.done:,}/{self.total:,}  {rate:.1f} replies/s  {tokens}  {left}{again}"

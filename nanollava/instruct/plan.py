@@ -19,18 +19,20 @@ class Item(NamedTuple):
 def make_plan(contexts: list[Context], kinds: list[str], records: int | None, seed: int) -> list[Item]:
     """The records to be made, in the order of the result: ``records`` of them, or as many as the images allow.
 
-    No image gets a kind twice, and all get the same number of records, or one more. Raises Error where the images are
-    too few.
+    No image gets a kind twice, and none a second record before all have one (or all but one, where a largest remainder
+    jumps). With more records the plan grows: what was asked for a smaller one serves the larger. Raises Error where the
+    images are too few.
     """
     rng = random.Random(f"plan {seed}")
     images = rng.sample(contexts, len(contexts))
     most = most_records(len(images), kinds)
-    fits = records is None or (records >= 1 and max(shares(records, kinds).values()) <= len(images))
-    if not fits:
+    counts = shares(most if records is None else records, kinds)
+    if records is not None and (records < 1 or max(counts.values()) > len(images)):
         raise Error(f"--records {records}: give 1 to {most:,}; {len(images):,} images allow no more, each kind once")
-    slots = [kind for kind, count in shares(records or most, kinds).items() for _ in range(count)]
-    # Around the images again and again: a kind has at most as many slots as there are images, so it meets none twice.
-    dealt = [(kind, images[number % len(images)]) for number, kind in enumerate(slots)]
+    dealt, start = [], 0
+    for kind, own in shares(len(images), kinds).items():  # images that are its own; then those of the next kind
+        dealt += [(kind, images[(start + number) % len(images)]) for number in range(counts[kind])]
+        start += own
     rng.shuffle(dealt)  # so that a run that is stopped has some of all
     return [Item(f"{context.id}-{kind}", kind, context) for kind, context in dealt]
 

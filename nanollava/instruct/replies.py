@@ -66,9 +66,11 @@ def check_words(text: str) -> None:
 
 def read_blocks(text: str) -> list[Turn]:
     """The blocks of a conversation as turns."""
-    blocks = [block.strip() for block in SEPARATOR.split(text)]
+    blocks = [block.strip() for block in SEPARATOR.split(text.replace("\r\n", "\n"))]
     blocks = blocks[not blocks[0] : len(blocks) - (not blocks[-1])]  # a separator at either end separates nothing
     texts = [block_text(block, ("question", "answer")[number % 2]) for number, block in enumerate(blocks)]
+    if not texts:
+        raise Unusable("no Question: where one is due")
     if len(texts) % 2:
         raise Unusable("its last question has no answer")
     return list(zip(texts[::2], texts[1::2], strict=True))
