@@ -537,23 +537,6 @@ def test_a_stage_1_model_is_asked_in_vicuna_s_template(pictures, scripted_model,
 # ---------------------------------------------------------------- the published files
 
 
-@pytest.fixture(scope="session")
-def published(fixtures, tmp_path_factory) -> Path:
-    """The answers of the bundled miniature to the 90 questions about COCO. The photographs cannot be had here: drawn
-    pictures stand under their names."""
-    folder = tmp_path_factory.mktemp("published")
-    (folder / "images").mkdir()
-    rows, rng = read_lines(fixtures / "llava_bench_coco" / "qa90_questions.jsonl"), random.Random(0)
-    names = sorted({row["image"] for row in rows})
-    assert (len(rows), len(names)) == (90, 30)
-    for seed, name in enumerate(names):
-        draw(random_scene(rng, "test"), seed)[0].save(folder / "images" / name)
-    (folder / "questions.jsonl").symlink_to(fixtures / "llava_bench_coco" / "qa90_questions.jsonl")
-    assert answer(folder, folder / "answers.jsonl", "--batch-size=30") == 0
-    assert [row["question_id"] for row in read_lines(folder / "answers.jsonl")] == list(range(90))
-    return folder
-
-
 def scores_by_length(text: str) -> tuple[int, int]:
     """Scores that a judge gives for a reference answer of that length."""
     return 5 + len(text) % 6, 1 + len(text) % 4
@@ -590,33 +573,3 @@ def test_the_published_questions_from_drawn_pictures_to_the_table(published, fix
         text = request.messages[-1]["content"]
         assert f"[Assistant 1]\n{references[row['question_id']]}\n\n[End" in text and row["text"] in text
         assert all(caption.strip() in text for caption in captions[row["image"]])
-
-
-def test_the_published_questions_judged_over_a_network_that_fails_now_and_then(
-    published, fixtures, tmp_path, capsys, monkeypatch
-):
-    """A real server on loopback: it delays, refuses, breaks off, and is asked again; twice for nothing that it said."""
-    pytest.importorskip("openai", reason="the extra [teacher] is not installed")
-    from tests.teacher_server import KEY, TeacherServer
-
-    def says(messages: list[dict]) -> str:
-        reference = messages[-1]["content"].partition("[Assistant 1]\n")[2].partition("\n\n[End of Assistant 1]")[0]
-        return "{}, {} \nReasons.".format(*scores_by_length(reference))
-
-    def trouble(messages: list[dict], before: int) -> str:
-        kinds = ("answer", "answer", "delay 0.05", "drop", "429 0", "500", "cut JSON", "half")
-        return "answer" if before else kinds[len(messages[-1]["content"]) % len(kinds)]
-
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    rows = read_lines(published / "questions.jsonl")
-    told = read_lines(fixtures / "llava_bench_coco" / "qa90_gpt4_answer.jsonl")
-    with TeacherServer(says, trouble) as server:
-        options = [f"--base-url={server.url}", "--teacher-model=gpt-4", "--retry-pause=0.01", "--concurrency=4"]
-        capsys.readouterr()
-        assert judge_published(published, fixtures, tmp_path / "reviews.jsonl", *options) == 0
-        assert len(server.asked) == 90 < sum(server.asked.values())
-        check_published_table(capsys.readouterr().out, rows, {row["question_id"]: row["text"] for row in told})
-        assert {(body["temperature"], body["max_tokens"]) for body in server.bodies} == {(0.2, 1024)}
-        assert judge_published(published, fixtures, tmp_path / "reviews.jsonl", *options) == 0
-        assert max(server.asked.values()) == 2  # the second run asked for nothing
-    assert KEY not in (tmp_path / "reviews.jsonl").read_text()
