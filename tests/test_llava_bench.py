@@ -114,6 +114,7 @@ def test_the_worked_example_is_a_ratio_of_means_with_the_review_that_failed():
 def test_means_are_rounded_to_three_decimals_first():
     assert relative_score([(1, 0), (1, 0), (1, 1)]) == pytest.approx(33.3, abs=1e-9)  # 0.333, not 1/3
     assert relative_score([(8, 9)]) == pytest.approx(112.5)
+    assert relative_score(iter([[8, 4], (2, 2), None])) == relative_score([(8, 4), (2, 2), (-1, -1)])
     assert relative_score([(-1, -1), (-1, -1)]) == pytest.approx(100)  # as the official script; the tables print "-"
 
 
@@ -302,6 +303,10 @@ WRONG = [
     (edit("answers.jsonl", lambda rows: rows.pop(1)), "of 4 questions these are missing: 1 (0)"),
     (edit("answers.jsonl", lambda rows: rows[1].pop("question_id")), 'line 2: the field "question_id" is missing'),
     (edit("answers.jsonl", lambda rows: rows[1].update(text=None)), 'question_id 0: the field "text" is missing'),
+    (
+        edit("answers.jsonl", lambda rows: rows[3].update(text="\ud83d")),
+        'question_id 1: the field "text" is missing, or no',
+    ),
     (edit("reference.jsonl", lambda rows: rows[0].update(category="detail")), "question_id 3: category 'detail', but"),
     (edit("reference.jsonl", lambda rows: rows.pop()), "reference.jsonl: of 4 questions these are missing: 1 (0)"),
     (

@@ -25,12 +25,17 @@ def read_lines(file: Path, field: str = "question_id", texts: Collection[str] = 
             raise Error(f'{place}: the field "{field}" is missing, or neither a number nor text')
         if str(name) in rows:
             raise Error(f"{place}: {field} {printable(str(name), 100)} is there twice; remove one of the two")
-        if wrong := [text for text in texts if not isinstance(row.get(text), str)]:
+        if wrong := [text for text in texts if not is_text(row.get(text))]:
             raise Error(f'{place}: {field} {printable(str(name), 100)}: the field "{wrong[0]}" is missing, or no text')
         rows[str(name)] = row
     if not rows:
         raise Error(f"{file}: is empty; it must have a line for each {field}")
     return rows
+
+
+def is_text(value: object) -> bool:
+    """Whether it is text that can be written down: JSON can hold halves of characters, which no file or model takes."""
+    return isinstance(value, str) and value == value.encode(errors="replace").decode()
 
 
 def _objects(file: Path) -> Iterable[tuple[int, dict]]:

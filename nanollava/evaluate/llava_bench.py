@@ -9,7 +9,7 @@ LLaVA-Bench (LLaVA section 5.1), COCO and In-the-Wild, in steps that can each be
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +45,11 @@ def parse_scores(text: str, strict: bool = False) -> Pair | None:
     return (reference, model) if math.isfinite(reference) and math.isfinite(model) else None
 
 
-def relative_score(pairs: list[Pair]) -> float:
+def relative_score(pairs: Iterable[Pair | None]) -> float:
     """The model's scores in percent of the reference's, from (reference, model) pairs: a ratio of means, not a mean of
-    ratios (LLaVA section 5.1). Reviews without scores are in it as (-1, -1), as in the official script, which also
-    rounds both means to three decimals first. The tables print one: (8, 4), (2, 2), (-1, -1) give 166.7 / 3, "55.6".
+    ratios (LLaVA section 5.1). Reviews without scores, (-1, -1) or None, count as -1, -1 as in the official script,
+    which also rounds both means to three decimals first. The tables print one: (8, 4), (2, 2), (-1, -1) give
+    100 * 1.667 / 3, "55.6".
 
     Raises Error without pairs, and where the reference's mean is 0.
     """
@@ -58,11 +59,12 @@ def relative_score(pairs: list[Pair]) -> float:
     return 100 * model / reference
 
 
-def means(pairs: list[Pair]) -> Pair:
+def means(pairs: Iterable[Pair | None]) -> Pair:
     """Mean score of the reference and of the model, each rounded to three decimals. Raises Error without pairs."""
-    if not pairs:
+    scores = [pair or NO_SCORES for pair in pairs]
+    if not scores:
         raise Error("relative score: there are no reviews to take the mean of")
-    reference, model = np.asarray(pairs, dtype=float).mean(axis=0).tolist()
+    reference, model = np.asarray(scores, dtype=float).mean(axis=0).tolist()
     return round(reference, 3), round(model, 3)
 
 

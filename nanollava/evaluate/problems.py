@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanollava.error import Error, printable, some
+from nanollava.evaluate.lines import is_text
 from nanollava.folder import read_json
 
 LETTERS = "ABCDE"
@@ -69,11 +70,11 @@ def make_problem(name: str, fields: object, file: Path) -> Problem:
     texts = {text: fields.get(text) for text in ("question", "hint", "lecture", "solution", "subject")}
     choices, answer, image = (fields.get(field) for field in ("choices", "answer", "image"))
     grade = str(fields.get("grade", "")).removeprefix("grade")
-    choices_good = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
-    good = {text: isinstance(value, str) for text, value in texts.items()} | {
+    choices_good = isinstance(choices, list) and all(map(is_text, choices))
+    good = {text: is_text(value) for text, value in texts.items()} | {
         "choices": choices_good and 1 <= len(choices) <= len(LETTERS),
         "answer": choices_good and isinstance(answer, int) and 0 <= answer < len(choices),
-        "image": image is None or isinstance(image, str),
+        "image": image is None or is_text(image),
         "subject": texts["subject"] in SUBJECTS,
         "grade": grade.isdecimal() and 1 <= int(grade) <= 12,
     }
