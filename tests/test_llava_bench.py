@@ -569,12 +569,17 @@ def test_the_published_questions_from_drawn_pictures_to_the_table(published, fix
     rows = read_lines(published / "questions.jsonl")
     source = fixtures / "llava_bench_coco"
     references = {row["question_id"]: row["text"] for row in read_lines(source / "qa90_gpt4_answer.jsonl")}
-    captions = {row["image"]: row["captions"] for row in read_lines(source / "caps_boxes_coco2014_val_80.jsonl")}
+    contexts = {row["image"]: row for row in read_lines(source / "caps_boxes_coco2014_val_80.jsonl")}
+    told = {row["question_id"]: row["text"] for row in read_lines(published / "answers.jsonl")}
     teacher = appoint(lambda request: "{} {}\nReasons.".format(*scores_by_length(references[int(request.key)])))
     capsys.readouterr()
     assert judge_published(published, fixtures, tmp_path / "reviews.jsonl") == 0
     check_published_table(capsys.readouterr().out, rows, references)
     for row, request in zip(rows, sorted(teacher.asked, key=lambda r: int(r.key)), strict=True):
-        text = request.messages[-1]["content"]
-        assert f"[Assistant 1]\n{references[row['question_id']]}\n\n[End" in text and row["text"] in text
-        assert all(caption.strip() in text for caption in captions[row["image"]])
+        i, context = row["question_id"], contexts[row["image"]]
+        boxes = "\n".join(f"{box['category']}: {box['bbox']}" for box in context["instances"])
+        assert request.messages[-1]["content"] == (
+            "[Context]\n" + "\n".join(context["captions"]) + f"\n\n{boxes}\n\n[Question]\n{row['text']}\n\n"
+            f"[Assistant 1]\n{references[i]}\n\n[End of Assistant 1]\n\n"
+            f"[Assistant 2]\n{told[i]}\n\n[End of Assistant 2]\n\n[System]\n{replies.rule(row['category'])}\n\n"
+        )

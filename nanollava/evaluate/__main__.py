@@ -6,7 +6,7 @@ How good is it? The paper's benchmarks (section 5) on any LLaVA folder, and its 
     ablations     what the paper's own variants bring, at miniature scale
     miniature     questions about the drawn world, compared word for word
 Each tells its steps and options with --help.
-Exit status: 0; 2 after one line that says what was wrong; 130 after Ctrl-C: the same command goes on.
+Exit status: 0; 2 after one line that says what was wrong; 130 after Ctrl-C.
 """
 
 import argparse
@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return import_module(f"nanollava.evaluate.{args.command.replace('-', '_')}").main(args.rest)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
+        again = "begins anew" if args.command == "miniature" else "goes on where it stopped"
+        print(f"\ninterrupted: the same command {again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the table has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends

@@ -174,10 +174,11 @@ def show(files: list[Reviews]) -> None:
     print(tables.markdown(tables.BENCH_COLUMNS, rows))
     for f in files:
         if f.without:
-            print(f"\n{f.file}: without scores, and counted as -1, -1 as in the official script: {some(f.without)}")
+            print(f"\n{f.file}: reviews without scores, counted as -1, -1 as in the official script: {some(f.without)}")
     if mute := [f for f in files if len(f.without) == len(f.pairs["all"])]:
         problem = f"none of the {len(mute[0].without)} reviews has scores on its first line"
-        raise Error(f"{mute[0].file}: {problem}; read some, and let another --teacher judge into another --out")
+        remedy = "read a few: they may be read without --strict, or another --teacher may judge into another --out"
+        raise Error(f"{mute[0].file}: {problem}; {remedy}")
 
 
 # ---------------------------------------------------------------- command line
