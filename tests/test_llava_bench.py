@@ -403,6 +403,36 @@ def test_a_judgement_that_was_stopped_goes_on_and_asks_nobody_twice(bench, appoi
     assert sorted(filter(None, asked)) == sorted(r.key for r in whole.asked)
 
 
+def test_reviews_cut_off_anywhere_are_finished(bench, appoint, capsys):
+    appoint(lambda request: f"1{request.key} 6\nReasons.")
+    assert judge(bench) == 0
+    whole = (bench / "reviews.jsonl").read_bytes()
+    lines = [0] + [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    for end in (0, 17, lines[1], lines[2] + 40, lines[3] - 1, lines[4] - 1):
+        (bench / "reviews.jsonl").write_bytes(whole[:end])
+        status = main(["llava-bench", "table", str(bench / "reviews.jsonl")])
+        assert status == (0 if {end, end + 1} & set(lines[1:]) else 2)  # half a line is an error, if only for the table
+        teacher = appoint(lambda request: f"1{request.key} 6\nReasons.")
+        assert judge(bench) == 0 and (bench / "reviews.jsonl").read_bytes() == whole
+        assert len(teacher.asked) == 4 - sum(line <= end for line in lines[1:])
+
+
+def test_a_language_model_in_a_folder_can_judge(bench, scripted_model, capsys):
+    from nanollava.checkpoint import save_language
+
+    model = scripted_model.says("8,6", positions=4000)
+    save_language(model.language, model.tokenizer, bench / "vicuna")
+    assert judge(bench, f"--teacher={bench / 'vicuna'}") == 0
+    assert cells(capsys.readouterr().out)["m"] == ["75.0"] * 4
+    assert {row["teacher"] for row in read_lines(bench / "reviews.jsonl")} == {"vicuna (a local model)"}
+
+
+def test_the_rules_of_the_drawn_world_cannot_judge(bench, capsys):
+    assert judge(bench, "--teacher=miniature") == 2
+    output, errors = capsys.readouterr()
+    assert (output, errors.count("\n")) == ("", 1) and "--teacher endpoint, or the FOLDER" in errors
+
+
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """images/, and questions of many lengths about them."""
