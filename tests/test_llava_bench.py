@@ -511,6 +511,13 @@ def test_a_process_that_was_killed_lost_nothing(pictures, capsys):
     assert out.read_bytes() == (pictures / "whole").read_bytes()
 
 
+def test_pictures_may_have_the_names_of_val2014(pictures, capsys):
+    assert answer(pictures, pictures / "short") == 0
+    (pictures / "images" / "b.png").rename(pictures / "images" / "COCO_val2014_b.png")
+    assert answer(pictures, pictures / "long") == 0
+    assert (pictures / "long").read_bytes() == (pictures / "short").read_bytes()
+
+
 WRONG_ANSWERS = [
     (
         edit("questions.jsonl", lambda rows: rows[1].update(text="Another one?")),

@@ -74,7 +74,14 @@ def means(pairs: Iterable[Pair | None]) -> Pair:
 def answer(args: argparse.Namespace) -> None:
     """The model's answers to all questions, in the official format."""
     questions = read_lines(args.questions, texts=("image", "text")).values()
-    answer_all(args, [Asked(q["question_id"], q["text"], image_path(args.images, q["image"])) for q in questions])
+    answer_all(args, [Asked(q["question_id"], q["text"], find_image(args.images, q["image"])) for q in questions])
+
+
+def find_image(folder: Path, name: str) -> Path:
+    """A picture under the questions' name for it, or under that which it has in COCO's own val2014."""
+    image = image_path(folder, name)
+    original = image.with_name(f"COCO_val2014_{image.name}")
+    return original if original.is_file() and not image.is_file() else image
 
 
 def judge(args: argparse.Namespace) -> None:
