@@ -5,6 +5,8 @@
 Nothing is padded that can be packed: short documents share a row and do not see each other. Records about the same
 image can share one copy of it (``group_by_image``): what they begin with becomes the beginning of a document, each
 record a branch behind it. The loss is that of the records one by one; the image is paid for once.
+
+``python -m nanollava.train.data check FILE --images DIR`` tells what training would refuse of a file (check.py).
 """
 
 import os
@@ -217,3 +219,9 @@ def draw_batches(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iter
 def count_targets(batches: list[Batch]) -> int:
     """How many positions are to be predicted."""
     return sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)
+
+
+if __name__ == "__main__":
+    from nanollava.train.check import main  # what training would refuse of a file; it builds on the model
+
+    raise SystemExit(main())
