@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanollava.error import Error
 from nanollava.instruct import balance, phrases
 from nanollava.instruct.balance import choose, main
 from nanollava.instruct.phrases import simple_phrases, spacy_phrases
@@ -300,7 +299,3 @@ def test_the_module_starts_by_itself_and_tells_its_options(capsys):
         main(["--help"])
     printed = capsys.readouterr().out
     assert ended.value.code == 0 and "--finder" in printed and "595K" in printed
-
-
-def test_errors_are_those_of_the_library():
-    assert issubclass(Error, Exception) and Error("x", "kind").kind == "kind" and str(Error("x")) == "x"
