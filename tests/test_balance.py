@@ -3,6 +3,7 @@ sentences worked by hand, the command as it is typed."""
 
 import json
 import random
+import re
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -61,7 +62,7 @@ def test_worked_by_hand():
 
 
 def test_what_is_rare_stays_whole_and_what_is_frequent_shrinks():
-    found = draw(3, captions=3000, words=200)
+    found = draw(3, captions=3000, words=25)
     choice = choose(found, 3, 50)
     for before, after in zip(choice.before, choice.after, strict=True):
         assert after == before if 3 <= before <= 50 else after >= min(before, 50) or before < 3
@@ -123,8 +124,8 @@ def test_real_captions(fixtures):
     found = [simple_phrases(caption) for caption in captions]
     assert sum(map(bool, found)) >= 0.99 * len(captions)
     for caption, names in zip(captions, found, strict=True):
-        plain = " ".join(caption.lower().replace(",", " ").split())
-        assert all(name in plain for name in names) and len(names) <= 8
+        plain = " ".join(re.findall(r"[\w'’-]+", caption.lower()))
+        assert all(name in plain for name in names) and len(names) <= 8, caption
         lasts = {name.split()[-1] for name in names}
         silent = phrases.POINTING | phrases.BETWEEN | phrases.DESCRIBING
         assert not lasts & silent, caption

@@ -19,7 +19,8 @@ import train
 from nanollava import checkpoint, config, images
 from nanollava.conversation import TEMPLATES, messages_from_record
 from nanollava.error import Error
-from nanollava.llava import LlavaConfig
+from nanollava.llama import LlamaConfig
+from nanollava.llava import Llava, LlavaConfig
 from nanollava.progress import progress
 from nanollava.tokenizer import Tokenizer
 from nanollava.train import check
@@ -28,7 +29,7 @@ from nanollava.train.records import LOSSES, Reader, has_spare_turn
 from nanollava.train.stages import STAGES
 from nanollava.vit import VisionConfig
 
-N = 4  # patches of an image
+ROW = 200  # positions; an image has 4
 
 
 def record(name: object, image: object, *turns: str, roles: tuple[str, ...] = ("human", "gpt")) -> dict:
@@ -36,8 +37,8 @@ def record(name: object, image: object, *turns: str, roles: tuple[str, ...] = ("
     return {"id": name, **({"image": image} if image else {}), "conversations": conversations}
 
 
-# One or more of each kind, with the kinds that are found in it; rows of 60 positions, 4 patches.
-LONG = "word " * 60
+# One or more of each kind, with the kinds that are found in it.
+LONG = "word " * ROW
 CASES = [
     (record("good", "a.png", "<image>\nWhat?", "A star."), ()),
     (record("good", "b.png", "<image>\nWhat?", "A ball."), ()),  # ids may come twice
@@ -53,7 +54,7 @@ CASES = [
     (record("empty2", "a.png", "<image> A?", "B.", "C?", "<image>"), ("empty answer",)),
     (record("marks1", None, "<image>\nA?", "B."), ("marks",)),
     (record("marks2", ["a.png", "b.png"], "<image>\nA?", "B."), ("marks",)),
-    (record("room", ["a.png"] * 20, "<image>" * 20, "B."), ("no room",)),
+    (record("room", ["a.png"] * 50, "<image>" * 50, "B."), ("no room",)),
     (record("name1", "../a.png", "<image>\nA?", "B."), ("image name",)),
     (record("name2", 7, "What?", "B."), ("image name",)),
     (record("gone1", "nowhere.png", "<image>\nA?", "B."), ("image missing",)),
@@ -86,14 +87,11 @@ def shelf(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_tokenizer_file) -> Path:
-    """A LLaVA of 4 patches and rows of 60 positions."""
-    from nanollava.llama import LlamaConfig
-    from nanollava.llava import Llava
-
+    """A LLaVA of 4 patches."""
     folder = tmp_path_factory.mktemp("model") / "llava"
     vision = VisionConfig(16, 8, 16, 16, 2, 2)
-    model = Llava(LlavaConfig(vision, LlamaConfig(400, 32, 16, 2, 2, 1), max_length=60), Tokenizer(tiny_tokenizer_file))
-    checkpoint.save(model, folder)
+    settings = LlavaConfig(vision, LlamaConfig(400, 32, 16, 2, 2, 1), max_length=ROW)
+    checkpoint.save(Llava(settings, Tokenizer(tiny_tokenizer_file)), folder)
     return folder
 
 
@@ -149,7 +147,7 @@ def test_one_file_of_every_kind(checked):
     assert lines[REFUSED["roles out of order"]].endswith(" 2  roles1, roles2")
     assert lines[REFUSED["no record"]].endswith(" 4  form1, number 4, form3, form4")
     assert lines[LOSSES["cut"]].endswith(" 3  cut, lost, several")
-    assert "exact, with the tokenizer of" in printed and "rows of 60 positions, 4 for an image, vicuna_v1" in printed
+    assert "exact, with the tokenizer of" in printed and "rows of 200 positions, 4 for an image, vicuna_v1" in printed
 
 
 def test_nothing_found_is_status_0(checked):
@@ -217,7 +215,7 @@ def test_train_py_names_what_it_leaves_out(number, trainer, shelf, tmp_path, cap
         cases += [case for case, _ in CASES if isinstance(case, dict) and case["id"] in ("lost", "blind", "spare2")]
     file = tmp_path / "records.json"
     file.write_text(json.dumps(cases))
-    words = ("--images", shelf, "--steps", 1, "--max-length", 60)
+    words = ("--images", shelf, "--steps", 1, "--max-length", ROW)
     assert trainer.stage(number, file, tmp_path / "out", *words) == 0
     printed = capsys.readouterr().out
     assert f"  {LOSSES['cut']}: {number} (lost1{', lost' * (number - 1)})" in printed

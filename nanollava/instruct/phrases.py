@@ -16,7 +16,7 @@ from importlib import import_module
 from nanollava.error import Error, first_line
 
 SPACY_MODEL = "en_core_web_sm"
-TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+(?:[.,:]\d+)*|[^\w\s]")
+TOKEN = re.compile(r"[^\W_]+(?:['’-][^\W_]+|(?<=\d)[.,:]\d+)*|[^\w\s]")
 
 
 def words_of(text: str) -> frozenset[str]:
@@ -27,15 +27,16 @@ POINTING = words_of("a an the this these those another his her its their my our 
 
 # What stands between phrases: prepositions, conjunctions, pronouns, auxiliary verbs, adverbs of place and time.
 BETWEEN = words_of("""
-    of in on at by with without from to into onto over under above below behind beside besides near next around between
-    among amid amidst against along alongside across through throughout towards toward up down off out outside inside
-    before after about as like than during while per via upon within beneath underneath beyond past until since close
-    and or but nor so because if when where which who whom whose what how why then though although plus that
-    i me you he him she it we us they them mine yours hers ours theirs myself yourself himself herself itself themselves
-    something someone everyone everything anything anyone nothing others there here
+    of in on at by for with without from to into onto over under above below behind beside besides near next around
+    between among amid amidst against along alongside across through throughout towards toward up down off out outside
+    inside before after about as like than during while per via upon within beneath underneath beyond past until since
+    close and or but nor so because if when where which who whom whose what how why then though although plus
+    that i me you he him she it we us they them mine yours hers ours theirs myself yourself himself herself itself
+    themselves something someone everyone everything anything anyone nothing others there here
     is are was were be been being am has have had having do does did can could will would may might must shall should
     isn't aren't it's there's he's she's not very too also just only together apart ahead away again almost already
-    still even ever never now soon today upside sideways outdoors indoors overhead nearby upright downhill midair s t
+    still even ever never now soon today upside sideways outdoors indoors overhead nearby upright downhill midair
+    alone well used s t
 """)
 
 # Words that describe: a phrase may begin with them, and needs a noun behind them.
@@ -46,7 +47,8 @@ DESCRIBING = words_of("""
     colorful colourful bright dark pale plain striped plaid multicolored colored coloured
     big large huge giant massive enormous small little tiny tall short long wide narrow high low deep thick thin fat
     old young new elderly ancient antique vintage modern middle-aged mature retro
-    good nice beautiful pretty lovely cute happy sad angry funny silly ugly curly hairy furry fluffy friendly
+    good nice beautiful wonderful pretty lovely cute happy sad angry funny silly ugly curly hairy furry fluffy friendly
+    ready shiny outdoor indoor
     clean dirty messy neat empty full open wet dry hot cold warm cool frozen fresh raw ripe tasty delicious
     wooden metallic grassy sandy snowy rocky cloudy sunny rainy muddy leafy dusty foggy stormy lush busy crowded quiet
     calm rough smooth soft hard sharp heavy round flat wild domestic famous local public private urban rural stainless
@@ -69,7 +71,7 @@ PRESENT = words_of("""
     display decorate sleep rest travel move pass wait turn graze drink read write smile fall rise enjoy appear seem
     contain include feature perform kneel bend stare enter leave see say tell think want need help show watch keep let
     bring grow begin stop follow stay speak attend arrive celebrate win sing touch pick sell buy share set overlook
-    chase float sail raise
+    chase float sail raise nap gather
 """)
 PAST = words_of("""
     sat stood held wore took went got gave made saw ran ate drove flew rode swam lain hung fell rose won sold spoke
