@@ -124,7 +124,7 @@ def in_words(args: argparse.Namespace, config: LlavaConfig) -> str:
     sizes = f"rows of {config.max_length:,} positions, {config.vision.num_patches} for an image, {args.template}"
     if args.model:
         return f"exact, with the tokenizer of {args.model}; {sizes}"
-    return f"a lower bound, each word one token; {sizes}. With --model FOLDER they are exact, and more may be too long"
+    return f"a lower bound, each word one token; {sizes}\n  (--model FOLDER counts tokens: more may be too long then)"
 
 
 def look_at_all(reader: Reader, records: list) -> None:
