@@ -30,12 +30,12 @@ LFS_POINTER = b"version https://git-lfs"  # how a file begins that git cloned wi
 # ---------------------------------------------------------------- reading
 
 
-def read_json(file: Path) -> dict:
-    """The object in a JSON file. Raises Error where it is missing, broken or no object."""
+def read_json(file: Path, missing: str = "a checkpoint folder needs it, is the download complete?") -> dict:
+    """The object in a JSON file. Raises Error where it is missing (``missing`` says what for), broken or no object."""
     if not file.parent.is_dir():
         raise Error(f"{file.parent}: no such folder; check the path")
     if not file.is_file():
-        raise Error(f"{file}: no such file; a checkpoint folder needs it, is the download complete?")
+        raise Error(f"{file}: no such file; {missing}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except PermissionError as error:

@@ -1,0 +1,219 @@
+"""A long run of requests that can be stopped and started: what is answered is written down at once, and not asked
+again."""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from nanollava.error import Error, printable
+from nanollava.instruct.teacher import Reply, Request, Teacher, Unanswered
+from nanollava.train.loop import minutes
+
+FLUSH_EVERY = 0.2  # seconds between two waits for the disk itself; a killed process loses nothing, a power cut so much
+HOPELESS = 10  # requests in a row without an answer, after which nothing more is asked
+
+
+class Journal:
+    """JSON lines in a file, one for each finished key; of two lines with one key the later one counts.
+
+    done: what was written under each key, without the key. A last line that a kill cut short is dropped, from the file
+    too. Raises Error naming file and line for one that is damaged elsewhere, and where the disk refuses.
+    """
+
+    def __init__(self, file: Path):
+        self.file, self.lock, self.flushed = file, threading.Lock(), time.monotonic()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self.raw = file.open("ab", buffering=0)
+            content = file.read_bytes()
+        except OSError as error:
+            raise Error(f"{file}: cannot be opened ({error.strerror}); check the path and the disk") from error
+        *lines, tail = content.split(b"\n")
+        self.size = len(content) - len(tail)
+        os.truncate(file, self.size)
+        self.done: dict[str, dict] = {}
+        for number, line in enumerate(lines, start=1):
+            fields = self._read(line, number)
+            self.done[fields.pop("key")] = fields
+
+    def _read(self, line: bytes, number: int) -> dict:
+        try:
+            fields = json.loads(line)
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict) or not isinstance(fields.get("key"), str):
+            remedy = "remove the line to have its item asked again, or choose another folder"
+            raise Error(f"{self.file}, line {number}: damaged, {printable(repr(line), 80)}; {remedy}")
+        return fields
+
+    def append(self, key: str, **fields: object) -> None:
+        """Write a line, at once and whole or not at all."""
+        line = json.dumps({"key": key, **fields}).encode() + b"\n"
+        with self.lock:
+            try:
+                written = self.raw.write(line)
+                if time.monotonic() - self.flushed > FLUSH_EVERY:
+                    self._flush()
+                reason = "the disk is full"
+            except OSError as error:
+                written, reason = 0, error.strerror
+            if written != len(line):
+                os.truncate(self.file, self.size)
+                remedy = "mend that and give the same command again: what is in it counts"
+                raise Error(f"{self.file}: cannot be written ({reason}); {remedy}")
+            self.size += len(line)
+            self.done[key] = fields
+
+    def _flush(self) -> None:
+        os.fsync(self.raw.fileno())
+        self.flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Nothing is written after that; who still tries gets a ValueError."""
+        with self.lock:
+            if not self.raw.closed:
+                self._flush()
+                self.raw.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that it is there as a whole or, after a kill or a full disk, as it was before."""
+    new = file.with_name(f".{file.name}.saving")
+    try:
+        with new.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        new.replace(file)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise Error(f"{file}: cannot be written ({error.strerror}); check the path and the disk") from error
+
+
+Finish = Callable[[Request, Reply], dict]
+Outcome = tuple[Request, Reply | Exception]
+
+
+def ask_all(requests: list[Request], teacher: Teacher, journal: Journal, concurrency: int, finish: Finish) -> int:
+    """Ask for all that is not in ``journal.done``, at most ``concurrency`` at once, and write down each reply.
+
+    finish: the fields of the journal's line, for example ``lambda request, reply: reply._asdict()``. It may be called
+    by several threads at once.
+    Returns how many stayed unanswered, which may be asked again in another run. Raises Error as ``Teacher.ask`` does,
+    and where HOPELESS requests in a row stayed unanswered; what came before has been written down.
+    """
+    waiting = [request for request in requests if request.key not in journal.done]
+    at_once = min(concurrency, getattr(teacher, "at_once", concurrency), len(waiting))
+    progress, unanswered, in_a_row = Progress(len(requests), len(waiting), teacher), 0, 0
+
+    def answer(request: Request) -> Outcome:
+        try:
+            reply = teacher.ask(request)
+            journal.append(request.key, **finish(request, reply))
+            return request, reply
+        except Exception as error:
+            return request, error
+
+    with closing(in_turn(answer, waiting) if at_once < 2 else side_by_side(answer, waiting, at_once)) as outcomes:
+        for request, reply in outcomes:
+            if isinstance(reply, Unanswered):
+                print(f"unanswered: {request.key}: {printable(str(reply))}", file=sys.stderr)
+                unanswered, in_a_row = unanswered + 1, in_a_row + 1
+                if in_a_row >= max(HOPELESS, at_once):
+                    problem = f"{in_a_row} requests in a row stayed unanswered, the last for: {printable(str(reply))}"
+                    raise Error(f"{problem}; what was answered is kept: give the same command again")
+            elif isinstance(reply, Exception):
+                raise reply
+            elif reply is not None:
+                in_a_row = 0
+                progress.count(reply)
+            progress.show()
+    progress.end()
+    return unanswered
+
+
+def in_turn(answer: Callable[[Request], Outcome], waiting: list[Request]) -> Iterator[Outcome]:
+    """The outcomes one by one, without threads."""
+    yield from map(answer, waiting)
+
+
+def side_by_side(answer: Callable, waiting: list[Request], threads: int) -> Iterator[Outcome | tuple[None, None]]:
+    """The outcomes as they come, (None, None) where none came for a second. Closed early, it asks for nothing more;
+    what is under way is left to end by itself, and keeps nobody waiting."""
+    remaining, lock = iter(waiting), threading.Lock()
+    outcomes, stopped = SimpleQueue(), threading.Event()
+
+    def work() -> None:
+        while not stopped.is_set():
+            with lock:
+                request = next(remaining, None)
+            if request is None:
+                return
+            outcomes.put(answer(request))
+
+    try:
+        for _ in range(threads):
+            threading.Thread(target=work, daemon=True).start()
+        came = 0
+        while came < len(waiting):
+            try:
+                yield outcomes.get(timeout=1)
+                came += 1
+            except Empty:
+                yield None, None
+    finally:
+        stopped.set()
+
+
+class Progress:
+    """A line on stderr with rate, cost in tokens and time left: rewritten on a terminal, anew every 10 seconds
+    elsewhere."""
+
+    def __init__(self, total: int, waiting: int, teacher: Teacher):
+        self.total, self.teacher = total, teacher
+        self.done = self.before = total - waiting
+        self.read = self.written = 0
+        self.started = self.shown = time.monotonic()
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
+
+    def count(self, reply: Reply) -> None:
+        self.done += 1
+        self.read += reply.prompt_tokens
+        self.written += reply.completion_tokens
+
+    def show(self) -> None:
+        """Print the line, where the last one is long enough ago."""
+        now = time.monotonic()
+        if now - self.shown >= (0.2 if self.terminal else 10):
+            self.shown = now
+            self._print(end="" if self.terminal else "\n")
+
+    def end(self) -> None:
+        if self.done > self.before:
+            self._print(end="\n")
+
+    def _print(self, end: str) -> None:
+        line = self.line(time.monotonic() - self.started)
+        print(f"\r{line}\x1b[K" if self.terminal else line, end=end, file=sys.stderr, flush=True)
+
+    def line(self, seconds: float) -> str:
+        """What is done after so many seconds of this run."""
+        asked = self.done - self.before
+        rate = asked / max(seconds, 1e-9)
+        left = f"{minutes((self.total - self.done) / rate)} left" if asked else "time left not known yet"
+        tokens = f"{self.read:,} tokens read, {self.written:,} written"
+        trouble = getattr(self.teacher, "trouble", "")
+        again = f"  (repeating: {printable(trouble, 60)})" if trouble else ""
+        return f"{self.done:,}/{self.total:,}  {rate:.1f} replies/s  {tokens}  {left}{again}"

@@ -1,0 +1,99 @@
+"""Who is asked: a request goes to a teacher, a reply comes back (LLaVA section 3; judges of section 5.1 as well).
+
+There are three: an OpenAI-compatible endpoint (endpoint.py), the rules of the miniature world (rules.py), which need
+neither network nor key, and a language model in a folder (local.py).
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from nanollava.error import Error
+from nanollava.instruct.contexts import Context
+
+OPENAI = "https://api.openai.com/v1"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a teacher."""
+
+    key: str  # names the item in every file; unique
+    messages: list[dict]  # OpenAI chat messages: {"role": "system", "user" or "assistant", "content": text}
+    kind: str = ""  # conversation, detail, reasoning, judge, ...
+    context: Context | None = None  # captions and boxes, for the rule-based teacher, which reads no prose
+
+
+class Reply(NamedTuple):
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    cut: bool = False  # whether it ends where the teacher had to stop, at --max-tokens for example
+
+
+class Unanswered(Exception):
+    """A request stayed without an answer: all repetitions are used up, or none would help this one. Others may fare
+    better, and the same request may be asked again in another run."""
+
+
+class Teacher:
+    """Answers requests, ``at_once`` of them at most, each in a thread of its own.
+
+    name: which one it is, as the files have it; it never holds a key.
+    trouble: why it last had to repeat a request, for the progress line.
+    """
+
+    name: str
+    at_once = 1
+    trouble = ""
+
+    def ask(self, request: Request) -> Reply:
+        """Raises Error for what no repetition mends (a wrong key, an unknown model), Unanswered as described there."""
+        raise NotImplementedError
+
+
+def add_teacher_options(parser: argparse.ArgumentParser) -> None:
+    """The options that ``open_teacher`` reads. ``parser.set_defaults(temperature=0.2)`` gives a command its own."""
+    add = parser.add_argument_group("teacher").add_argument
+    known = "miniature (the rules of the drawn world, default), endpoint, or the FOLDER of a LLaMA-family model"
+    add("--teacher", default="miniature", metavar="WHO", help=known)
+    add("--base-url", default=OPENAI, metavar="URL", help=f"of an OpenAI-compatible endpoint ({OPENAI})")
+    add("--teacher-model", metavar="NAME", help="which model the endpoint shall take; the key is in OPENAI_API_KEY")
+    add("--concurrency", type=int, default=8, help="requests to an endpoint at once (8)")
+    add("--temperature", type=float, help="how varied answers are; default: the endpoint's own, 0 for a FOLDER")
+    add("--max-tokens", type=int, default=1024, help="longest answer (1024)")
+    add("--timeout", type=float, default=120.0, help="seconds to wait for an answer before asking again (120)")
+    add("--retries", type=int, default=8, help="how often a request that failed is repeated (8)")
+    add("--retry-pause", type=float, default=1.0, help="seconds before the first repetition; each time twice that (1)")
+
+
+def open_teacher(args: argparse.Namespace) -> Teacher:
+    """The teacher that the options of ``add_teacher_options`` ask for. Raises Error where there is none such."""
+    check_options(args)
+    if args.teacher == "miniature":
+        from nanollava.instruct.rules import RuleTeacher
+
+        return RuleTeacher()
+    if args.teacher == "endpoint":
+        from nanollava.instruct.endpoint import EndpointTeacher
+
+        if not args.teacher_model:
+            raise Error("--teacher endpoint: name its model too, with --teacher-model")
+        limits = {name: getattr(args, name) for name in ("temperature", "max_tokens", "timeout", "retries")}
+        return EndpointTeacher(args.teacher_model, args.base_url, pause=args.retry_pause, **limits)
+    if not Path(args.teacher).is_dir():
+        raise Error(f"--teacher {args.teacher}: no such folder; give one, or one of the words miniature and endpoint")
+    from nanollava.instruct.local import LocalTeacher
+
+    return LocalTeacher(Path(args.teacher), args.temperature or 0.0, args.max_tokens)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises Error for numbers that make no sense."""
+    for name, least in (("concurrency", 1), ("max_tokens", 1), ("retries", 0), ("retry_pause", 0), ("temperature", 0)):
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise Error(f"--{name.replace('_', '-')} {value}: give {least} or more")
+    if not args.timeout > 0:
+        raise Error(f"--timeout {args.timeout}: give more than 0 seconds")
