@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanollava.instruct import balance, phrases
+from nanollava.instruct import balance, journal, phrases
+from nanollava.instruct.__main__ import main as instruct
 from nanollava.instruct.balance import choose, main
 from nanollava.instruct.phrases import simple_phrases, spacy_phrases
 
@@ -280,7 +281,7 @@ def test_what_is_there_is_not_overwritten_and_a_disk_that_refuses_leaves_nothing
     content = records.read_text()
     assert main([str(records), "--out", str(records)]) == 2
     assert "is there already" in capsys.readouterr().err and records.read_text() == content
-    monkeypatch.setattr(balance.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(journal.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left")))
     assert main([str(records), "--out", str(tmp_path / "full.json")]) == 2
     assert "full.json: cannot be written (No space left)" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [records]
@@ -295,8 +296,12 @@ def test_ctrl_c_writes_nothing(records, tmp_path, capsys, monkeypatch):
     assert "nothing was written" in capsys.readouterr().err and list(tmp_path.iterdir()) == [records]
 
 
-def test_the_module_starts_by_itself_and_tells_its_options(capsys):
+def test_as_it_is_typed(records, tmp_path, capsys):
+    """A command of python -m nanollava.instruct, whose result is kept whole when it is given back to it."""
     with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    printed = capsys.readouterr().out
-    assert ended.value.code == 0 and "--finder" in printed and "595K" in printed
+        instruct(["balance", "--help"])
+    assert ended.value.code == 0 and "--finder" in capsys.readouterr().out
+    once, twice = tmp_path / "once.json", tmp_path / "twice.json"
+    assert instruct(["balance", str(records), "--out", str(once)]) == 0
+    assert instruct(["balance", str(once), "--out", str(twice)]) == 0
+    assert once.read_text() == twice.read_text() and instruct(["balance", str(once), "--out", str(twice)]) == 2

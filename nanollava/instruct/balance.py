@@ -13,7 +13,6 @@ of its phrases, and more than 100 captions with a frequent one may stay.
 
 import argparse
 import json
-import os
 import random
 import sys
 from array import array
@@ -27,6 +26,7 @@ import numpy as np
 from nanollava.conversation import messages_from_record
 from nanollava.error import Error, forgive_encoding, printable, say
 from nanollava.folder import read_json
+from nanollava.instruct.journal import write_whole
 from nanollava.instruct.phrases import SPACY_MODEL, simple_phrases, spacy_phrases
 from nanollava.progress import progress
 from nanollava.train.records import read_list
@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> None:
     if not choice.kept.any():
         raise Error(f"{args.file}: no noun phrase is in {args.least} captions, nothing would be kept; lower --least")
     if not args.dry_run:
-        write(args.out, captions.content(np.flatnonzero(choice.kept)))
+        args.out.resolve().parent.mkdir(parents=True, exist_ok=True)
+        write_whole(args.out, as_json(captions.content(np.flatnonzero(choice.kept))))
         print(f"written to {args.out}")
 
 
@@ -152,24 +153,9 @@ def from_records(file: Path, records: list[dict]) -> Captions:
     return Captions(["\n".join(texts) for texts in answers], lambda numbers: [records[i] for i in numbers])
 
 
-def write(out: Path, content: list | dict) -> None:
-    """JSON into a file, whole or not at all; of a list each entry has a line of its own."""
-    new = out.with_name(f".{out.name}.saving")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with new.open("w", encoding="utf-8") as file:
-            if isinstance(content, list):
-                file.writelines((",\n" if i else "[\n") + json.dumps(entry) for i, entry in enumerate(content))
-                file.write("\n]\n" if content else "[]\n")
-            else:
-                file.write(json.dumps(content))
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(out)
-    except OSError as error:
-        raise Error(f"{out}: cannot be written ({error.strerror}); free some space or choose another file") from error
-    finally:
-        new.unlink(missing_ok=True)
+def as_json(content: list | dict) -> str:
+    """JSON; of a list each entry has a line of its own."""
+    return "[" + ",\n ".join(map(json.dumps, content)) + "]\n" if isinstance(content, list) else json.dumps(content)
 
 
 # ---------------------------------------------------------------- the choice
