@@ -15,7 +15,7 @@ from nanollava import checkpoint
 from nanollava import folder as files
 from nanollava.attention import Mask, attention
 from nanollava.llama import Block, Llama, LlamaConfig, rotary_angles
-from nanollava.llava import LlavaConfig
+from nanollava.llava import Batch, LlavaConfig
 from nanollava.tokenizer import Tokenizer
 from nanollava.train import budget, lora
 from nanollava.train.advice import advice
@@ -145,6 +145,32 @@ def test_full_rows_hold_images_of_one_record_each():
     assert full_rows(LLAVA_7B, 2) == Work(2, 2048, 2 * (2048 - 3 * 576), 6, masked=0)
     one = replace(LLAVA_7B, max_length=640)  # a row of one document has one mask
     assert full_rows(one, 2) == Work(2, 640, 2 * (640 - 576), 2, masked=None)
+
+
+def batch_of(documents: int, branches: int, T: int = 2048) -> Batch:
+    """Two rows of so many documents, each with a shared beginning and so many branches of equal length."""
+    positions, each = torch.arange(T), T // documents
+    branch = positions % each // (each // (1 + branches)) if branches else torch.zeros_like(positions)
+    columns = {"token_ids": positions, "labels": positions, "patches": positions, "positions": positions}
+    columns |= {"documents": positions // each, "branches": branch}
+    return Batch(**{name: column.expand(2, T) for name, column in columns.items()}, pixels=None)
+
+
+def test_on_a_cpu_documents_of_long_rows_have_masks_of_their_own_or_none():
+    """SmolLM's 135m at 2,048 positions, by hand: 4 bytes for each pair of positions, in 30 layers, or for none; where
+    documents are taken one by one, their results are there twice. On CUDA it makes no difference."""
+    one, apart, branched = (Work.largest([batch_of(*shape)], 1) for shape in ((1, 0), (8, 0), (8, 1)))
+    assert (one.masked, apart.masked, branched.masked) == (None, 0, 2048 // 8)
+    config = LlavaConfig(VisionConfig(112, 14), LlamaConfig(49152, 576, 1536, 30, 9, 3))
+    stage, cpu = STAGES["stage2"], How(on_cuda=False)
+    whole, alone, between = (
+        estimate(outline(config, stage, cpu), cpu, work).activations for work in (one, apart, branched)
+    )
+    assert whole - alone == 30 * 2 * 2048 * (4 * 2048 - 4 * 576)
+    assert between - alone == 30 * 2 * 2048 * 4 * 256
+    assert 1.1 < whole / alone < 1.2
+    cards = {estimate(outline(config, stage, ON_CUDA), ON_CUDA, work).activations for work in (one, apart, branched)}
+    assert len(cards) == 1
 
 
 # ---------------------------------------------------------------- as it is typed
