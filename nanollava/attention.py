@@ -1,4 +1,4 @@
-"""Who may look at whom, said once, and three ways to carry it out.
+"""Who may look at whom, said once, and the ways to carry it out.
 
     softmax(q k^T / sqrt(E) + mask) v, the mask 0 where a query may look and -inf elsewhere
     (Vaswani et al., 2017, equation 1)
@@ -6,11 +6,12 @@
 A ``Mask`` describes the pattern. ``attention(mask, ...)`` turns it into a function ``attend(q, k, v)`` that every layer
 of a forward pass then shares:
 
-    plain   the equation as it stands, for reading and for attention maps
-    sdpa    PyTorch's scaled_dot_product_attention (CPU, MPS; on CUDA the simple masks, and short packed rows); on a CPU
-            the documents of a packed row one by one, where they are long
-    flex    FlexAttention under torch.compile: one CUDA kernel, blocks that the mask empties are never computed
-            (Dong et al., 2024)
+    maps are asked for                      plain         the equation as it stands
+    CUDA, a packed row of FLEX_FROM or more flex          FlexAttention under torch.compile: one kernel; blocks of pairs
+                                                          that the mask empties are never computed (Dong et al., 2024)
+    nothing packed: causal, or full         sdpa          PyTorch's scaled_dot_product_attention, without a mask
+    a packed row of long documents on a CPU by_document   sdpa for each document, whose own mask is causal
+    anything else                           masked        sdpa with the pattern written out
 
 Shapes: B batch, T positions, H query heads, K key/value heads, E width of a head.
 """
@@ -37,11 +38,11 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 # (KempnerInstitute/KempnerForge, pull request 207). `attention(..., how=)` takes either, to time them elsewhere.
 FLEX_FROM = 1024
 
-# Pairs of positions that are masked out, for each document, from which a CPU takes the documents of a row one by one.
+# Pairs of positions of different documents, for each document of a row, from which a CPU takes them one by one.
 # Measured on 2 cores, forward and backward, heads of 32 and 64: at 3,000 pairs 0.7 to 1.7 times as fast as under one
 # mask, at 12,000 1.2 to 2.1 times, at 300,000 6 to 8 times.
 SAVED_BY_SPLIT = 12_000
-Document = tuple[int, Tensor | None]  # its length, and its mask where it has branches
+Piece = tuple[int, Tensor | None]  # its length, and its mask where it has branches
 
 
 class Asked(threading.local):
@@ -69,6 +70,8 @@ class Mask:
         row        <image> question A answer   question B answer   another record
         documents     0        0        0          0        0        1      1
         branches      0        1        1          2        2        1      1
+
+    Padding is a document of its own, -1: a query that might see no key at all would have a softmax over nothing, NaN.
     """
 
     causal: bool = True
@@ -177,7 +180,7 @@ def masked(allowed: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=not q.is_cuda)
 
 
-def worth_splitting(mask: Mask, queries: int, keys: int, device: torch.device) -> list[list[Document]] | None:
+def worth_splitting(mask: Mask, queries: int, keys: int, device: torch.device) -> list[list[Piece]] | None:
     """The documents of each row, where a CPU computes them faster one by one than all under a mask written out, whose
     products it throws away. None where it does not, or where they do not stand one behind another."""
     whole = mask.causal and isinstance(mask.offset, int) and mask.offset == 0 and queries == keys
@@ -195,7 +198,7 @@ def scattered(documents: Tensor) -> bool:
     return len(documents.unique_consecutive()) != len(documents.unique())
 
 
-def documents_of(mask: Mask, row: int, lengths: list[int]) -> list[Document]:
+def documents_of(mask: Mask, row: int, lengths: list[int]) -> list[Piece]:
     """Length and mask of each document of a row; None is plain causal."""
     documents, start = [], 0
     for length in lengths:
@@ -207,7 +210,7 @@ def documents_of(mask: Mask, row: int, lengths: list[int]) -> list[Document]:
 
 
 @torch.compiler.disable  # the lengths differ from batch to batch, and each would be a program of its own
-def by_document(documents: list[list[Document]], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def by_document(documents: list[list[Piece]], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's attention, a call for each document of each row."""
     rows = []
     for row, *qkv in zip(documents, q.split(1), k.split(1), v.split(1), strict=True):

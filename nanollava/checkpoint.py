@@ -132,7 +132,7 @@ def _add_trained(model: Llava, trained: Trained, device: Device) -> None:
     _learn_start_end(model, trained.start_end, trained.language.vocab_size)
     if trained.adapted:
         if str(device) != "meta":
-            lora.merge(model.language, trained.folder)
+            lora.merge_folder(model.language, trained.folder)
         _settle_template(model, trained.config)
     else:
         model.config.stage, model.config.template = "stage1", trained.config.get("template") or "plain"

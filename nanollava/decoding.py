@@ -4,8 +4,10 @@ A new token reads every weight once, so its time should be the bytes of the weig
 PyTorch runs it, some twenty small operations for each block come on top, each started by itself. torch.compile makes
 one program of the whole step; on CUDA it is recorded as a CUDA graph and replayed.
 
-A program is made for fixed shapes. ``Cache`` hands out as many keys as there are, one more at each step; ``FixedCache``
-hands out all that there is room for, and the mask hides what is not filled yet.
+A program is made for fixed shapes, or for a size that it was told may vary: here the cache's capacity.
+
+    Cache        hands out  k0 k1 k2          one more at each step, another shape
+    FixedCache   hands out  k0 k1 k2 .  .  .  one shape for a whole answer; the mask hides what is not filled yet
 
 Shapes: B batch, T positions of this pass, D language width, K key/value heads, E width of a head, V vocabulary.
 """

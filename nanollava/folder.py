@@ -87,7 +87,8 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and contents of each tensor in a file, one at a time. They live in the file: copy what is to stay.
+    """Name and contents of each tensor in a file, one at a time. They live in its pages, mapped for this process alone:
+    writing to them does not write to the file.
 
     The file is opened anew after every AT_ONCE bytes: until it is closed, what was read of it counts as memory in use.
     """

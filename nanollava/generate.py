@@ -1,6 +1,10 @@
 """The model answers: logits become tokens, tokens text, and questions and answers a conversation (LLaVA section 4).
 
 There is one loop, ``decode``: all prompts go through the network once, side by side, and from then on one token each.
+The first pass is called prefill: each weight that is read serves hundreds of positions, so arithmetic limits it. In the
+passes behind it each weight serves one position, so memory limits them, and what makes one kind faster does little for
+the other.
+
 Batches (``generate``), streams (``stream``) and conversations (``Chat``) are views of it, so they cannot differ.
 
 Shapes: B batch, T positions of the longest prompt, M images, S image side, D language width, V vocabulary.

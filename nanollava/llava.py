@@ -89,7 +89,7 @@ class Batch:
     positions: Tensor  # as if every branch stood alone behind its shared beginning
     documents: Tensor  # -1 is padding
     branches: Tensor
-    pixels: Tensor | None  # (M, 3, S, S)
+    pixels: Tensor | None  # (M, 3, S, S), or cached patch features, which ``vision`` then hands on (train/features.py)
 
     def to(self, device: torch.device) -> "Batch":
         move = lambda x: x if x is None else x.to(device, non_blocking=True)  # noqa: E731
@@ -175,6 +175,8 @@ class Llava(nn.Module):
         mask = Mask(documents=batch.documents, branches=batch.branches)
         x = self.embed(batch.token_ids, batch.patches, batch.pixels)
         hidden = self.language.hidden(x, batch.positions, mask)
-        targets = batch.labels[:, 1:]  # what stands at t + 1 is predicted at t
+        targets = batch.labels[
+            :, 1:
+        ]  # what stands at t + 1 is predicted at t; what begins a record or a branch never is
         counted = targets != IGNORE  # logits take V numbers a position: only where they are needed
         return summed_cross_entropy(hidden[:, :-1][counted], self.language.lm_head.weight, targets[counted])

@@ -24,7 +24,7 @@ PLAIN = {
 
 
 @torch.no_grad()
-def merge(language: Llama, folder: Path) -> None:
+def merge_folder(language: Llama, folder: Path) -> None:
     """Add the adapters of a folder to the language model's weights, in place; sums are taken in float32.
 
     Raises Error for settings that are not supported, and where the adapters do not fit the weights.
@@ -48,11 +48,11 @@ def merge(language: Llama, folder: Path) -> None:
     if unfit := [name for name, pair in halves.items() if not match(pair, weights.get(name), rank)]:
         raise Error(f"{folder}: {some(unfit)} adapters are not finite, or do not fit the base; is it right?")
     for name, pair in halves.items():
-        if not add_product(weights[name], pair["A"], pair["B"], alpha / rank):
+        if not add_adapter(weights[name], pair["A"], pair["B"], alpha / rank):
             raise Error(f"{folder}: its adapters make {name} too large for {weights[name].dtype}; try a wider dtype")
 
 
-def add_product(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> bool:
+def add_adapter(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> bool:
     """weight (out, in) += scale B A, in place, summed in float32; whether the dtype holds the sum."""
     update = B.float() @ A.float() * scale
     weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))

@@ -4,7 +4,7 @@
     d loss / d h_i = sum_j (p_ij - [j = target(i)]) w_j,  and the same with h in place of w for the head's rows
 
 Logits exist for a few target positions at a time. Their gradients are taken while they are there, in the forward pass,
-so nothing is kept and nothing is computed twice.
+so no logits are kept, only these (n, D) and (V, D), and nothing is computed twice.
 
 Shapes: n target positions, D language width, V vocabulary.
 """
@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 
 # positions whose logits exist at a time: (512, 32000) in float32 are 66 MB. Fewer are slower, for each chunk reads and
 # writes the head's gradient once; more are hardly faster
-ROWS = 512
+CHUNK = 512
 
 
-def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, rows: int = ROWS) -> Tensor:
+def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int = CHUNK) -> Tensor:
     """Hidden states (n, D), the head's weight (V, D), target ids (n,) -> the summed cross-entropy, a float32 scalar
     (float64 where ``hidden`` is).
 
@@ -27,8 +27,8 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, rows: in
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
-    with torch.autocast(device, enabled=False):  # or it would cast the head anew for every few rows
-        return SummedCrossEntropy.apply(hidden, head, targets, dtype, rows, torch.is_grad_enabled())
+    with torch.autocast(device, enabled=False):  # or it would cast the head anew for every chunk
+        return SummedCrossEntropy.apply(hidden, head, targets, dtype, chunk, torch.is_grad_enabled())
 
 
 class SummedCrossEntropy(torch.autograd.Function):
@@ -36,15 +36,15 @@ class SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype, rows: int, training: bool
+        ctx, hidden: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype, chunk: int, training: bool
     ) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         x, w = hidden.to(dtype), head.to(dtype)
         total = torch.zeros((), dtype=exact, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if training and ctx.needs_input_grad[0] else None
         d_head = torch.zeros_like(head, dtype=exact) if training and ctx.needs_input_grad[1] else None
-        for start in range(0, len(targets), rows):
-            some = slice(start, start + rows)
+        for start in range(0, len(targets), chunk):
+            some = slice(start, start + chunk)
             logits, target = (x[some] @ w.T).to(exact), targets[some, None]
             scale = logits.logsumexp(dim=1, keepdim=True)
             total += (scale - logits.gather(1, target)).sum()

@@ -36,7 +36,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            # A matrix product would have the widened weights written to memory; a sum of products is one loop.
+            # A matrix product would have the widened weights written to memory; a sum of products, (..., 1, in) times
+            # (out, in) summed over in, is one loop, and the compiler never makes what stands between.
             return ((x.float().unsqueeze(-2) * self.q).sum(dim=-1) * self.scale).to(x.dtype)
         return F.linear(x, (self.q * self.scale[:, None]).to(x.dtype))
 

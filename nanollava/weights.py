@@ -55,9 +55,10 @@ def check_dtype(dtype: object, device: Device = "cpu") -> None:
 def fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype: Dtype) -> None:
     """Give every parameter that is still on the meta device its tensor from the folder, or the one file, on ``device``.
 
-    dtype: what they become; None is bfloat16 on CUDA and float32 elsewhere. On the device "meta" names and shapes are
-    checked and nothing is read. Raises Error for a device or a dtype that cannot be, for tensors missing, not expected
-    or of another shape, and for such as hold no numbers.
+    dtype: what they become; None is bfloat16 on CUDA and float32 elsewhere. What needs no conversion stays in the
+    file's pages, shared with whoever else reads it; what is written there is the model's own. On the device "meta"
+    names and shapes are checked and nothing is read. Raises Error for a device or a dtype that cannot be, for tensors
+    missing, not expected or of another shape, and for such as hold no numbers.
     """
     if str(device) == "meta":
         _match(module, folder, layout)
@@ -103,7 +104,7 @@ def _read(folder: Path, names: dict[str, str], device: Device, dtype: torch.dtyp
                 if not stored.is_floating_point():
                     bad.append(theirs)
                     continue
-                tensors[names[theirs]] = tensor = stored.to(device, dtype, copy=True)
+                tensors[names[theirs]] = tensor = stored.to(device, dtype)
                 if not finite(tensor):
                     bad.append(theirs)
     if bad:

@@ -1,6 +1,8 @@
 """What several test files share: one thread, the files of real input, small models made on the spot, and Ctrl-C."""
 
+import json
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -13,8 +15,10 @@ from PIL import Image
 
 import train
 from nanollava import checkpoint
+from nanollava.evaluate import __main__ as evaluate
 from nanollava.llama import Llama, LlamaConfig
 from nanollava.llava import Llava, LlavaConfig
+from nanollava.miniature.scenes import draw, random_scene
 from nanollava.tokenizer import Tokenizer
 from nanollava.vit import VisionConfig, VisionTransformer
 
@@ -157,3 +161,22 @@ def heeding_ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def published(fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with questions.jsonl, the 90 of LLaVA-Bench (COCO), and answers.jsonl, those of the bundled miniature.
+
+    COCO's photographs cannot be had here: drawn pictures stand under their names.
+    """
+    folder, source = tmp_path_factory.mktemp("published"), fixtures / "llava_bench_coco" / "qa90_questions.jsonl"
+    (folder / "questions.jsonl").write_bytes(source.read_bytes())
+    names = sorted({json.loads(line)["image"] for line in source.read_text().splitlines()})
+    (folder / "images").mkdir()
+    for seed, name in enumerate(names):
+        draw(random_scene(random.Random(seed), "test"), seed)[0].save(folder / "images" / name)
+    model = Path(__file__).parents[1] / "weights" / "miniature"
+    inputs = [f"--questions={folder / 'questions.jsonl'}", f"--images={folder / 'images'}", "--device=cpu"]
+    words = [*inputs, "--max-new-tokens=24", "--batch-size=30", f"--out={folder / 'answers.jsonl'}"]
+    assert evaluate.main(["llava-bench", "answer", str(model), *words]) == 0
+    return folder

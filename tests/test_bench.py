@@ -111,7 +111,7 @@ def test_bytes_of_decoding_are_those_of_the_tensors(config):
 
 
 def test_the_architectures_are_those_that_they_are_named_after():
-    size = lambda name: sum(p.numel() for p in models.outline(models.MODELS[name]).language.parameters())  # noqa: E731
+    size = lambda name: sum(p.numel() for p in models.without_numbers(models.MODELS[name]).language.parameters())  # noqa: E731
     assert size("135m") == 134_515_008 and size("1.1b") == 1_100_048_384 and size("7b") == 6_738_415_616
     bundled = nanollava.load(Path(__file__).parent.parent / "weights/miniature").config
     mini = models.MODELS["miniature"]
@@ -204,7 +204,7 @@ def test_no_answer_of_random_weights_ends_early(tmp_path):
 
 
 def test_random_weights_are_written_in_shards(tmp_path, monkeypatch):
-    whole = models.outline(TINY).state_dict()
+    whole = models.without_numbers(TINY).state_dict()
     models.write_random(TINY, tmp_path / "one", torch.bfloat16)
     monkeypatch.setattr(models, "SHARD", 8000)
     models.write_random(TINY, tmp_path / "some", torch.bfloat16)

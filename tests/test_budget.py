@@ -104,6 +104,9 @@ def test_parameters_and_bytes_of_7b():
     least = estimate(outline(LLAVA_7B, STAGES["stage2"], light), light, ROW)
     assert (least.weights, least.states) == (2 * (trained + 303_507_456), 4 * trained)
     assert least.gradients == 2 * max(32000 * 4096, 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    several = estimate(outline(LLAVA_7B, STAGES["stage2"], light), light, replace(ROW, parts=4))
+    assert several.gradients == 2 * trained  # those of the first three wait for the last
+    assert several.peak - least.peak == 2 * trained
     first = estimate(outline(LLAVA_7B, STAGES["stage1"], ON_CUDA), ON_CUDA, ROW)
     assert (first.gradients, first.states) == (4 * projector, 8 * projector)
     assert first.weights == 2 * (6_738_415_616 + 303_507_456) + 4 * projector  # stage 1 only reads the decoder too

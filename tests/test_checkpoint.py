@@ -125,17 +125,23 @@ def test_stored_small_and_read_as_asked(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
-def test_weights_do_not_live_in_the_file(ending, tmp_path):
+def test_a_model_and_its_file_do_not_change_each_other(ending, tmp_path):
+    """Its weights may lie in the file's pages: what is written to them is its own, and a new file is another one."""
     saved, file = make(), tmp_path / "run/model.safetensors"
     save(saved, tmp_path / "run")
     if ending == "bin":
         torch.save(load_file(file), tmp_path / "run/pytorch_model.bin")
         file.unlink()
         file = tmp_path / "run/pytorch_model.bin"
-    model = load(tmp_path / "run")
-    with file.open("r+b") as overwritten:
-        overwritten.write(bytes(file.stat().st_size))
-    assert_same(model, saved)
+    model, content = load(tmp_path / "run"), file.read_bytes()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert file.read_bytes() == content
+    unchanged = load(tmp_path / "run")
+    save(model, tmp_path / "run")
+    assert_same(unchanged, saved)
+    assert_same(load(tmp_path / "run"), model)
 
 
 PEAK = """

@@ -203,11 +203,17 @@ def test_what_stays_unanswered_is_told_counted_and_asked_for_in_the_next_run(con
 
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_where_nothing_is_answered_any_more_the_run_ends(concurrency, tmp_path):
-    teacher = Fake()
+    teacher = Fake(0.01)
     with Journal(tmp_path / "a.jsonl") as journal:
         with pytest.raises(Error, match=r"10 requests in a row stayed unanswered, the last for: 500 .* same command"):
             ask_all(requests(100, dict.fromkeys(range(5, 100), "unanswered")), teacher, journal, concurrency, fields)
-        assert len(journal.done) == 5 and 15 <= len(teacher.asked) < 15 + 3 * concurrency
+        assert len(journal.done) == 5 and 15 <= len(teacher.asked) < 90
+
+
+def test_answers_in_between_let_it_go_on(tmp_path):
+    with Journal(tmp_path / "a.jsonl") as journal:
+        assert ask_all(requests(60, dict.fromkeys(range(0, 60, 2), "unanswered")), Fake(), journal, 1, fields) == 30
+        assert len(journal.done) == 30
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])

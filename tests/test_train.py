@@ -35,7 +35,7 @@ from nanollava.llava import Llava
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
 from nanollava.tokenizer import load_tokenizer
 from nanollava.train import blocks, loop, resume
-from nanollava.train.data import Dataset, draw_batches
+from nanollava.train.data import Dataset, draw_steps
 from nanollava.train.machine import check_bfloat16, share_cores
 from nanollava.train.records import Example
 from nanollava.train.stages import PARTS, STAGES, precision
@@ -249,7 +249,7 @@ def test_batches_are_made_ahead_of_the_step_in_order(trainer, talks, aligned, tm
     monkeypatch.setattr(loop.Run, "update", wait)
     words = ("--model", aligned, "--steps", 8, "--batch-size", 2)
     assert trainer.stage(2, talks, tmp_path / "out", *words) == 0
-    drawn = draw_batches(len(TALKS), 2, 0)
+    drawn = draw_steps(len(TALKS), 2, 0)
     assert ready == [0] * 8 and made == [next(drawn) for _ in range(8)]
 
 
@@ -470,14 +470,14 @@ def test_a_disk_full_of_optimizer_state_is_one_line_too(trainer, talks, aligned,
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 12])
 def test_batches_after_a_cut_are_those_of_an_undisturbed_run(batch_size):
     """Batches within an epoch, across epochs, and larger than one; every epoch has each group once."""
-    stream = draw_batches(5, batch_size, seed=3)
+    stream = draw_steps(5, batch_size, seed=3)
     batches = [next(stream) for _ in range(20)]
     for skip in range(20):
-        assert next(draw_batches(5, batch_size, 3, skip)) == batches[skip]
+        assert next(draw_steps(5, batch_size, 3, skip)) == batches[skip]
     flat = [number for batch in batches for number in batch]
     epochs = [tuple(flat[i : i + 5]) for i in range(0, len(flat) - 4, 5)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs) and len(set(epochs)) > 1
-    assert next(draw_batches(50, 50, seed=3)) != next(draw_batches(50, 50, seed=4))
+    assert next(draw_steps(50, 50, seed=3)) != next(draw_steps(50, 50, seed=4))
 
 
 # ---------------------------------------------------------------- an --out that does not suit
@@ -754,7 +754,7 @@ def test_a_step_of_damaged_pictures_alone_is_passed_over(parallel, trainer, shel
 def test_a_step_without_targets_moves_no_weight(trainer, talks, shelf, write, aligned, tmp_path, monkeypatch):
     """Two steps of which the second is all damage: momentum alone would move weights on."""
     data = write([GOOD[0], record("x", "half.png", "<image>\nWhat?", "No.")])
-    monkeypatch.setattr(loop, "draw_batches", lambda groups, size, seed, skip: iter([[0], [1], [1]][skip:]))
+    monkeypatch.setattr(loop, "draw_steps", lambda groups, size, seed, skip: iter([[0], [1], [1]][skip:]))
     seen, update = [], loop.Run.update
 
     def spy(self, batches):

@@ -1,4 +1,4 @@
-"""What each optimisation brings: the plain way, each improvement on its own, all of them.
+"""What some optimisations bring: the plain way, each improvement on its own, all of them.
 
 The ways without them live here and nowhere else. All steps of a ladder compute the same, which is checked.
 """
@@ -27,7 +27,7 @@ from nanollava.llava import Batch, Llava
 from nanollava.train.data import collate, documents
 
 PLAIN_TOKENS, TOKENS, RECORDS, REPETITIONS = 4, 32, 4, 2
-Step = tuple[str, Callable[[], tuple[float, Tensor]]]  # what is done, and: rate, result
+Rung = tuple[str, Callable[[], tuple[float, Tensor]]]  # what is done, and: rate, result
 
 
 def main(device: torch.device, tell: Callable[[str], None], name: str = "135m") -> int:
@@ -45,7 +45,7 @@ def main(device: torch.device, tell: Callable[[str], None], name: str = "135m") 
     return 0
 
 
-def measured(title: str, unit: str, steps: list[Step], tell: Callable[[str], None]) -> list[tuple[str, ...]]:
+def measured(title: str, unit: str, steps: list[Rung], tell: Callable[[str], None]) -> list[tuple[str, ...]]:
     """Lines of the table; the gain is that over the first step, the plain one. Raises Error where results differ."""
     rates, results = {name: [] for name, _ in steps}, []
     for repetition in range(REPETITIONS + 1):  # the first warms up
@@ -64,7 +64,7 @@ def measured(title: str, unit: str, steps: list[Step], tell: Callable[[str], Non
 # ---------------------------------------------------------------- decoding and prefill
 
 
-def decoding(model: Llava) -> tuple[str, str, list[Step]]:
+def decoding(model: Llava) -> tuple[str, str, list[Rung]]:
     """A token behind 640 positions, by reading everything again or from the cache."""
     prompt, pixels = models.prompt(model.config), models.picture(model.config).to(model.device)
 
@@ -90,7 +90,7 @@ def decoding(model: Llava) -> tuple[str, str, list[Step]]:
     return "decode", "tokens/s", steps
 
 
-def prefill(model: Llava) -> tuple[str, str, list[Step]]:
+def prefill(model: Llava) -> tuple[str, str, list[Rung]]:
     """640 positions, with attention as the equation has it or fused, with logits of all or of the last."""
     T, D = model.config.vision.num_patches + models.TEXT, model.config.language.hidden_size
     x = (0.02 * torch.randn(1, T, D, generator=torch.Generator().manual_seed(3))).to(model.device)
@@ -139,7 +139,7 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
 # ---------------------------------------------------------------- training
 
 
-def training(model: Llava) -> tuple[str, str, list[Step]]:
+def training(model: Llava) -> tuple[str, str, list[Rung]]:
     """Stage 2 on padded rows, with a table of logits and with gradients in a tower of which all blocks are run, or
     without each of them."""
     examples = make_examples(model.config, "stage2", RECORDS)

@@ -33,14 +33,14 @@ MODELS = {
 }
 
 
-def outline(config: LlavaConfig) -> Llava:
+def without_numbers(config: LlavaConfig) -> Llava:
     """The model without numbers."""
     with torch.device("meta"):
         return Llava(config)
 
 
 def parameters(config: LlavaConfig) -> int:
-    return sum(p.numel() for p in outline(config).parameters())
+    return sum(p.numel() for p in without_numbers(config).parameters())
 
 
 def stored_bytes(config: LlavaConfig, dtype: torch.dtype) -> int:
@@ -84,7 +84,7 @@ def image_id(config: LlavaConfig) -> int:
 def split(config: LlavaConfig, dtype: torch.dtype) -> list[list[tuple[str, torch.Size]]]:
     """Names and shapes of the tensors, in shards. A tied head is not stored."""
     shards, room = [[]], SHARD
-    for name, tensor in outline(config).state_dict().items():
+    for name, tensor in without_numbers(config).state_dict().items():
         if name == "language.lm_head.weight" and config.language.tie_word_embeddings:
             continue
         if dtype.itemsize * tensor.numel() > room:

@@ -1,4 +1,4 @@
-"""Prompts, read from a folder of plain text files, become the messages of a request (LLaVA section 3, table 13).
+"""Prompts, read from a folder of plain text files, become the messages of a request (LLaVA section 3 and appendix).
 
 FOLDER/{conversation,detail,reasoning}/system_message.txt       what is asked for
 FOLDER/{conversation,detail,reasoning}/000_caps.txt, 000_conv.txt, 001_caps.txt, ...    examples: input, reply

@@ -56,7 +56,7 @@ class Teacher:
 def add_teacher_options(parser: argparse.ArgumentParser) -> None:
     """The options that ``open_teacher`` reads. ``parser.set_defaults(temperature=0.2)`` gives a command its own."""
     add = parser.add_argument_group("teacher").add_argument
-    known = "miniature (the rules of the drawn world, default), endpoint, or the FOLDER of a LLaMA-family model"
+    known = "miniature (the rules of the drawn world), endpoint, or the FOLDER of a LLaMA-family model (%(default)s)"
     add("--teacher", default="miniature", metavar="WHO", help=known)
     add("--base-url", default=OPENAI, metavar="URL", help=f"of an OpenAI-compatible endpoint ({OPENAI})")
     add("--teacher-model", metavar="NAME", help="which model the endpoint shall take; the key is in OPENAI_API_KEY")

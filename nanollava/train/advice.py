@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nanollava.error import Error, out_of_memory
 from nanollava.llava import Batch, LlavaConfig
-from nanollava.loss import ROWS
+from nanollava.loss import CHUNK
 from nanollava.train import lora
 from nanollava.train.budget import GB, How, Work, estimate, outline
 from nanollava.train.stages import Stage, parameter_table
@@ -24,7 +24,7 @@ def report(config: LlavaConfig, stage: Stage, how: How, work: Work) -> str:
     """The run as it is asked for, and the cards that it would fit on."""
     model = outline(config, stage, how)
     budget = estimate(model, how, work)
-    logits = f"logits of {min(work.targets, ROWS)} positions at a time, the head's gradient"
+    logits = f"logits of {min(work.targets, CHUNK)} positions at a time, the head's gradient"
     kinds = {
         "weights": budget.weights,
         "gradients": budget.gradients,
@@ -78,6 +78,8 @@ def smaller(how: How, work: Work) -> list[Remedy]:
     one = replace(one, images=-(-work.images // work.rows))
     alone = replace(how, parallel=1)
     less = replace(alone, recompute=True)
+    if how.optimizer == "light":  # gradients of earlier micro-batches wait: fewer rows may take more than they save
+        return [("--parallel 1", alone, work), ("--recompute", less, work), ("--rows-at-once 1", less, one)]
     return [("--rows-at-once 1", how, one), ("--parallel 1", alone, one), ("--recompute", less, one)]
 
 
@@ -100,7 +102,7 @@ def new_run(config: LlavaConfig, stage: Stage, how: How, work: Work) -> list[Rem
 
 
 @contextmanager
-def told(run: "Run", batches: list[Batch]) -> Iterator[None]:
+def explain_shortage(run: "Run", batches: list[Batch]) -> Iterator[None]:
     """Raises Error where memory runs out inside, in a step on these micro-batches: with what to lower, and what that
     saves."""
     try:

@@ -19,4 +19,5 @@ def prepare_blocks(language: Llama, recompute: bool, compiled: bool) -> None:
         if compiled:  # one compilation serves all: the blocks differ in weights alone
             block.forward = torch.compile(block.forward, dynamic=True)
         if recompute:
+            # the reentrant form needs an input with a gradient, which text alone does not have under LoRA
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -24,7 +24,7 @@ from torch import nn
 from nanollava.attention import FLEX_FROM, Mask, worth_splitting
 from nanollava.llama import LlamaConfig
 from nanollava.llava import Batch, Llava, LlavaConfig
-from nanollava.loss import ROWS
+from nanollava.loss import CHUNK
 from nanollava.train import lora
 from nanollava.train.data import count_targets
 from nanollava.train.distributed import processes
@@ -164,7 +164,7 @@ def estimate(model: Llava, how: How, work: Work) -> Budget:
     return Budget(
         weights=(how.trained * sum(sizes) + how.frozen * (every - sum(sizes))) // shares,
         states=sum(p.numel() * state_bytes(name, p, how) for name, p in trained) // shares,
-        gradients=gradient_bytes(model, how, sum(sizes)) // shares,
+        gradients=gradient_bytes(model, how, work, sum(sizes)) // shares,
         activations=activations + copies(model, how),
         loss=how.parallel * loss_bytes(model, how, work),
         tower=how.parallel * tower_bytes(model.config.vision, how, work),
@@ -194,10 +194,11 @@ def state_bytes(name: str, p: nn.Parameter, how: How) -> int:
     return 4 if how.optimizer == "muon" and is_hidden(name, p) else 8
 
 
-def gradient_bytes(model: Llava, how: How, trained: int) -> int:
+def gradient_bytes(model: Llava, how: How, work: Work, trained: int) -> int:
     """A gradient for each trained number, in its dtype; for each of the micro-batches side by side. The light optimizer
-    steps inside the backward pass: one layer's are there at a time."""
-    if how.optimizer != "light":
+    steps inside the last backward pass of a step: where that is the only one, a single layer's are there at a time,
+    otherwise those of the passes before wait for it."""
+    if how.optimizer != "light" or work.parts > 1:
         return how.trained * trained * how.parallel
     layers = [*model.language.layers, model.language.embed_tokens, model.language.lm_head, model.projector]
     return how.trained * max(sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers)
@@ -246,7 +247,7 @@ def block_bytes(c: LlamaConfig, how: How, length: int, trains: bool, masked: int
         kept += n * (length + 2 * (A - K))  # the same, and keys and values for each query head
     if how.lora:
         inputs = (5 * D + A + I) * (n + (1 if how.on_cuda else 4)) if how.dropout else n * (2 * D + I)
-        return kept + inputs + 7 * n * how.lora  # what dropout leaves, and its mask, for each matrix; A x
+        return kept + inputs + 7 * n * how.lora  # what dropout leaves, its mask, and A x, for seven matrices a block
     if trains:
         kept += 2 * how.trained * D  # what a norm's weight multiplies
         shared = how.trained == n  # or autocast makes a copy for each matrix
@@ -258,7 +259,7 @@ def loss_bytes(model: Llava, how: How, work: Work) -> int:
     """Logits of a few targets, their exponentials beside them, and the gradient of the head, which is complete before
     the backward pass begins."""
     head, exact = model.language.lm_head.weight, 4
-    logits = min(work.targets, ROWS) * head.shape[0] * (2 * exact + (how.matrix if how.on_cuda else 0))
+    logits = min(work.targets, CHUNK) * head.shape[0] * (2 * exact + (how.matrix if how.on_cuda else 0))
     copy = how.matrix if how.on_cuda and bytes_of(head, how) == 4 else 0
     return logits + head.numel() * (copy + exact * head.requires_grad) + 2 * exact * work.targets * head.shape[1]
 

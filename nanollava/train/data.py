@@ -1,10 +1,22 @@
 """Groups of records become packed batches (LLaVA section 4.2).
 
-    groups of examples -> documents -> rows of at most max_length positions -> micro-batches
+    record     an entry of the JSON file; an example is the same as ids and labels
+    group      what a step draws, --batch-size of them: an example, or all about one image (--share-images)
+    document   a group in a row, or several documents where that is too long; a branch is one example of it
+    row        documents behind each other, at most max_length positions
+    Batch      rows of one forward pass; a step has one or several (micro-batches)
 
 Nothing is padded that can be packed: short documents share a row and do not see each other. Records about the same
 image can share one copy of it (``group_by_image``): what they begin with becomes the beginning of a document, each
-record a branch behind it. The loss is that of the records one by one; the image is paid for once.
+record a branch behind it. The loss is that of the records one by one; the image is paid for once. A row of two examples
+about one image (of N = 2 patches), an example without one, and padding; . stands for -100 and -1:
+
+    token_ids   1  img img  11  12  13   21  22  23 |  1  31  32  33 |  0
+    labels      .   .   .    .  12  13    .  22  23 |  .   .  32  33 |  .
+    patches     .   0   1    .   .   .    .   .   . |  .   .   .   . |  .
+    positions   0   1   2    3   4   5    3   4   5 |  0   1   2   3 |  0
+    documents   0   0   0    0   0   0    0   0   0 |  1   1   1   1 |  .
+    branches    0   0   0    1   1   1    2   2   2 |  1   1   1   1 |  0
 
 ``python -m nanollava.train.data check FILE --images DIR`` tells what training would refuse of a file (check.py).
 """
@@ -201,9 +213,9 @@ class Dataset:
         return preprocess(image, self.config.vision.image_size, self.config.image_aspect_ratio)
 
 
-def draw_batches(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:
-    """Endless batches of group numbers: every epoch a new permutation, a batch may reach into the next epoch. A pure
-    function of its arguments, so that a resumed run only has to ``skip`` the batches that were trained on."""
+def draw_steps(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:
+    """Endlessly, the group numbers of a step: every epoch a new permutation, a step may reach into the next epoch. A
+    pure function of its arguments, so that a resumed run only has to ``skip`` the steps that were trained on."""
     first = skip * batch_size
     epoch, numbers = first // groups, []
     offset = first % groups

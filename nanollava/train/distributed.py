@@ -1,9 +1,18 @@
 """Several processes, one for each GPU, train one model: what ``torchrun --nproc-per-node N train.py ...`` starts.
 
-Each holds a share of every weight, gradient and optimizer state (FSDP2: Zhao et al., 2023; PyTorch's fully_shard) and
-takes its share of the rows of a step. The weights of a block are gathered for the moment in which it computes, its
-gradients summed and cut into shares again. Losses and results are those of one process. Without torchrun everything
-here does nothing.
+Each holds a share of every weight but the frozen tower's, of every gradient and optimizer state (FSDP2: Zhao et al.,
+2023; PyTorch's fully_shard) and takes its share of the rows of a step. Losses and results are those of one process.
+Without torchrun everything here does nothing.
+
+    one step        process 0                                process 1
+    rows            0, 2, 4, ... of those packed alike       1, 3, 5, ...
+    a block         gathers the other half, computes, drops it; the same here
+    loss            of its own targets / targets of both     of its own targets / targets of both
+    gradients       summed over both, each keeps its half
+    optimizer       its half of the weights                  its half of the weights
+
+``full``: a whole tensor, here; ``gathered``: whole tensors in the first process's ordinary memory; ``whole``: the model
+of them; ``local``: this process's share.
 
 Weights, gradients and states travel by nccl on CUDA and by gloo on a CPU, the few numbers of a step always by gloo.
 """

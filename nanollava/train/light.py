@@ -5,14 +5,15 @@
 
     bytes for a parameter    AdamW    here
     p, the weight                4       2   bfloat16, rounded by chance
-    g, its gradient              4       0   used inside backward and dropped, one parameter at a time
+    g, its gradient              4       0   used inside backward and dropped; 2 where a step has several micro-batches
     m, mean gradient             4       2   bfloat16
     v, mean square               4       2   bfloat16, whose range is float32's, so small ones do not vanish; by chance
 
 Why by chance: bfloat16 keeps 8 bits. A step moves p by less than its last bit, and v by a thousandth of itself: rounded
-to the nearest, neither would ever move. Rounded up with the probability of the way gone, both are right in the mean.
-The price is noise: p wanders by about sqrt(steps * step * last bit). Compensated sums have none, but take two more
-bytes for a weight. m moves by a tenth of its distance, which its last bit shows: the nearest will do.
+to the nearest, neither would ever move. 1 + 1/512 lies a quarter of the way from 1 to the next bfloat16, 1 + 1/128: it
+becomes the upper one with probability 1/4, so both are right in the mean. The price is noise: p wanders by about
+sqrt(number of steps * size of a step * spacing). Compensated sums have none, but take two more bytes for a weight. m
+moves by a tenth of its distance to g, most often more than its last bit: the nearest will do.
 
 What stepping inside backward changes is clipping: the norm of all gradients is known only when all have been used. Each
 is scaled by clip / max(norm of the last step, norm of those seen so far in this one), where that is below 1. So none
@@ -38,7 +39,7 @@ class Light(torch.optim.Optimizer):
 
     For a step of several micro-batches, ``due`` is False in all backwards but the last: their gradients add up in
     bfloat16, 2 bytes more for each parameter. After the last one call ``finish``, then ``step``. What is ``idle`` has
-    had no gradient in this step, whatever backward says.
+    had no gradient in this step, whatever backward says: the projector where no process had an image gets zeros.
 
     Of a parameter that several processes share each updates its own part: FSDP2 runs the hooks of a parameter when its
     gradient has been summed and cut.

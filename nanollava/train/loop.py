@@ -20,9 +20,9 @@ from nanollava.attention import can_compile
 from nanollava.error import Error
 from nanollava.llava import Batch, Llava
 from nanollava.train import lora
-from nanollava.train.advice import told
+from nanollava.train.advice import explain_shortage
 from nanollava.train.blocks import prepare_blocks
-from nanollava.train.data import Dataset, count_targets, draw_batches
+from nanollava.train.data import Dataset, count_targets, draw_steps
 from nanollava.train.distributed import full, idle, level, processes, rank, shard, summed, union
 from nanollava.train.keep import alone
 from nanollava.train.machine import deferred_interrupt, keep_freed_memory, peak_memory, share_cores
@@ -136,7 +136,7 @@ class Run:
                 print(damage, flush=True)
 
     def prepare(self) -> None:
-        """What makes the steps that follow faster."""
+        """Keep freed memory, compile, recompute: not before --resume has brought its weights."""
         keep_freed_memory()
         compiling = self.options.compile and can_compile(self.device.type)
         prepare_blocks(self.model.language, self.options.recompute, compiling)
@@ -147,7 +147,7 @@ class Run:
         self.first, self.started = self.step, time.perf_counter()
         for batches in self.prefetch():
             last = self.step + 1 == self.options.steps
-            with told(self, batches):
+            with explain_shortage(self, batches):
                 entry = self.update(batches)
                 if self.val and (last or (self.options.val_every and self.step % self.options.val_every == 0)):
                     entry["val_loss"] = self.validate()
@@ -241,7 +241,7 @@ class Run:
 
     def prefetch(self) -> Iterator[list[Batch]]:
         """Batches of the remaining steps in order; those of the next ``AHEAD`` are made while one is trained on."""
-        numbers = draw_batches(len(self.data), self.options.batch_size, self.options.seed, self.step)
+        numbers = draw_steps(len(self.data), self.options.batch_size, self.options.seed, self.step)
         rest = islice(numbers, self.options.steps - self.step)
         make = lambda chosen: self.batches(self.data, chosen)  # noqa: E731
         pool = ThreadPoolExecutor(1)

@@ -27,7 +27,7 @@ from nanollava.error import Error, first_line
 from nanollava.layouts import LLAMA, PROJECTOR, ours, theirs
 from nanollava.llama import Llama
 from nanollava.llava import Llava
-from nanollava.lora import add_product, match, read_halves
+from nanollava.lora import add_adapter, match, read_halves
 from nanollava.train import distributed
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def merge(model: Llava) -> None:
     all of it in the dtype of the base. Raises Error where a sum is too large for that."""
     for parent, name, adapted in children(model.language):
         if isinstance(adapted, LoRALinear):
-            if not add_product(adapted.base.weight, adapted.A, adapted.B, adapted.scale):
+            if not add_adapter(adapted.base.weight, adapted.A, adapted.B, adapted.scale):
                 raise Error(f"an adapter makes a weight too large for {adapted.base.weight.dtype}; use a lower --lr")
             setattr(parent, name, adapted.base)
     model.projector.to(model.language.norm.weight.dtype)

@@ -5,7 +5,7 @@ from itertools import islice
 
 from nanollava.llava import Llava
 from nanollava.train.budget import GB, Work
-from nanollava.train.data import Dataset, draw_batches
+from nanollava.train.data import Dataset, draw_steps
 from nanollava.train.loop import Options, Run
 from nanollava.train.machine import peak_memory, share_cores
 from nanollava.train.stages import Stage
@@ -15,7 +15,7 @@ STEPS = 10
 
 def largest(data: Dataset, options: Options, parallel: int) -> Work:
     """The largest micro-batch of the steps that ``probe`` will make."""
-    draws = islice(draw_batches(len(data), options.batch_size, options.seed), min(STEPS, options.steps))
+    draws = islice(draw_steps(len(data), options.batch_size, options.seed), min(STEPS, options.steps))
     steps = (data.batches(numbers, options.rows_at_once, parallel) for numbers in draws)
     return max((Work.largest(batches, parallel) for batches in steps), key=Work.size)
 

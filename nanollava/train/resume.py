@@ -1,5 +1,13 @@
-"""A run folder at every moment: a checkpoint that can be loaded and talked to, and, until the run is over, training.pt
-with all that --resume needs to go on as if nothing had happened."""
+"""A run folder at every moment: a checkpoint that can be loaded and talked to, and, until the run is over, all that
+--resume needs to go on as if nothing had happened.
+
+    OUT/                          the newest checkpoint
+    OUT/metrics.jsonl             a line for every step
+    OUT/training.pt               optimizer states, step, what the run was begun with; gone when the run is over
+    OUT/checkpoints/step-000500/  older ones (--keep)
+
+No random state is saved, for there is none: whatever is drawn in step t is a function of the seed and of t.
+"""
 
 import json
 import pickle

@@ -60,8 +60,8 @@ def tower_weights(theirs):
     return {name.removeprefix("vision_model.").removeprefix("encoder."): tensor for name, tensor in names}
 
 
-@pytest.fixture(scope="module")
-def theirs():
+def their_llava() -> "transformers.LlavaForConditionalGeneration":
+    """The tiny model as transformers makes it."""
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**VISION),
         text_config=transformers.LlamaConfig(**LANGUAGE),
@@ -69,11 +69,11 @@ def theirs():
         vision_feature_select_strategy="default",
         vision_feature_layer=-2,
     )
-    return drawn(transformers.LlavaForConditionalGeneration(config))
+    return transformers.LlavaForConditionalGeneration(config)
 
 
-@pytest.fixture(scope="module")
-def ours(theirs):
+def as_ours(theirs) -> Llava:
+    """Our model with the weights of theirs."""
     model = Llava(LlavaConfig(VisionConfig(**VISION), LlamaConfig(**LANGUAGE), "mlp2x_gelu")).eval()
     model.vision.load_state_dict(tower_weights(theirs.model.vision_tower))
     projector = theirs.model.multi_modal_projector.state_dict().items()
@@ -82,6 +82,16 @@ def ours(theirs):
     decoder = theirs.model.language_model.state_dict()
     model.language.load_state_dict(decoder | {"lm_head.weight": theirs.lm_head.weight})
     return model
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return drawn(their_llava())
+
+
+@pytest.fixture(scope="module")
+def ours(theirs):
+    return as_ours(theirs)
 
 
 def their_inputs(rows: list[list[int]]):

@@ -39,7 +39,7 @@ def test_merged_logits_are_peft_s(sizes, targets, safe, tmp_path):
     ids = torch.tensor([[1, 5, 60, 7, 33]])
     with torch.no_grad():
         before, expected = ours(ids), adapted(ids).logits
-        lora.merge(ours, tmp_path / "lora")
+        lora.merge_folder(ours, tmp_path / "lora")
         found = ours(ids)
     assert (found - expected).abs().max() / expected.abs().max() < TOLERANCE
     assert (before - expected).abs().max() / expected.abs().max() > 0.01

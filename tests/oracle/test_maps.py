@@ -5,33 +5,15 @@ import torch
 
 from nanollava.attention import attention_maps
 from nanollava.generate import Sampling, generate
-from nanollava.llama import Cache, LlamaConfig
-from nanollava.llava import Llava, LlavaConfig
+from nanollava.llama import Cache
 from nanollava.maps import patch_attention
 from nanollava.tokenizer import IMAGE_TOKEN_ID as IMAGE
-from nanollava.vit import VisionConfig
 
 transformers = pytest.importorskip("transformers", reason="the reference implementation: pip install .[oracle]")
 
-N, SIDE = 4, 2  # patches of an image, and along its side
-THEIR_IMAGE = 60  # the id of <image> in transformers, one of the vocabulary
-VISION = {
-    "image_size": 16,
-    "patch_size": 8,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-}
-LANGUAGE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-}
+from tests.oracle.test_llava import THEIR_IMAGE, N, as_ours, their_llava  # noqa: E402  (needs it too)
+
+SIDE = 2  # patches along the side of an image
 PROMPT = [1, 8, IMAGE, 5, IMAGE, 6]
 
 
@@ -44,16 +26,9 @@ def same(found: list[torch.Tensor], expected: tuple[torch.Tensor, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def theirs():
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**VISION),
-        text_config=transformers.LlamaConfig(**LANGUAGE),
-        image_token_index=THEIR_IMAGE,
-        vision_feature_select_strategy="default",
-        vision_feature_layer=-2,
-    )
-    config._attn_implementation = "eager"
+    model = their_llava().eval()
+    model.set_attn_implementation("eager")  # the only one that returns its maps
     torch.manual_seed(0)
-    model = transformers.LlavaForConditionalGeneration(config).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=1 if "q_proj" in name else 0.3)
     return model
@@ -61,16 +36,7 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def ours(theirs):
-    model = Llava(LlavaConfig(VisionConfig(**VISION), LlamaConfig(**LANGUAGE), "mlp2x_gelu")).eval()
-    tower = theirs.model.vision_tower.state_dict().items()
-    short = {name.removeprefix("vision_model.").removeprefix("encoder."): tensor for name, tensor in tower}
-    model.vision.load_state_dict(short)
-    projector = theirs.model.multi_modal_projector.state_dict().items()
-    layers = {"linear_1": "0", "linear_2": "2"}
-    model.projector.load_state_dict({layers[name[:8]] + name[8:]: tensor for name, tensor in projector})
-    decoder = theirs.model.language_model.state_dict()
-    model.language.load_state_dict(decoder | {"lm_head.weight": theirs.lm_head.weight})
-    return model
+    return as_ours(theirs)
 
 
 @pytest.fixture
