@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from nanollava.checkpoint import load, load_language, load_vision
-from nanollava.error import Error, forgive_encoding, out_of_memory, say
+from nanollava.error import Error, forgive_encoding, out_of_memory, say, some
 from nanollava.folder import last_good
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.miniature.recipe import RECIPES, run_miniature
@@ -30,7 +30,7 @@ from nanollava.train.keep import alone
 from nanollava.train.loop import Options, train
 from nanollava.train.machine import check_bfloat16, memory_in_use
 from nanollava.train.probe import largest, probe
-from nanollava.train.records import Example, Report, group_by_image, hold_out, read_records
+from nanollava.train.records import LOSSES, LOST, Example, Report, group_by_image, hold_out, read_records
 from nanollava.train.resume import check_out, progress
 from nanollava.train.stages import STAGES, Stage, precision
 from nanollava.weights import check_device
@@ -254,15 +254,14 @@ def read_groups(file: Path, args: argparse.Namespace, model: Llava, stage: Stage
     started = time.perf_counter()
     examples, report = read_records(file, args.images, model.tokenizer, model.config, stage.template)
     seconds = time.perf_counter() - started
-    cut = f", {report.cut:,} of them cut at {model.config.max_length} positions" if report.cut else ""
-    lost = f", {report.lost:,} of these left out for they end before their first answer" if report.lost else ""
-    read = f"{report.records:,} records read in {seconds:.0f} s"
-    print(f"{file}: {read}{cut}{lost}; {len(examples):,} to train on", flush=True)
-    if report.unmarked:
-        print(f"{report.unmarked:,} records have an image that no <image> mark points to: they are read as text alone")
+    read = f"{report.records:,} records read in {seconds:.0f} s, rows of {model.config.max_length:,} positions"
+    print(f"{file}: {read}; {len(examples):,} to train on", flush=True)
+    for kind, words in LOSSES.items():
+        if names := report.named(kind):
+            print(f"  {words}: {some(names, 3)}", flush=True)
     if report.problems:
         refuse_or_skip(file, args, report)
-    if report.lost and not examples:
+    if report.named(LOST) and not examples:
         raise Error(f"{file}: nothing to learn: every record ends before its first answer; give a larger --max-length")
     return group_by_image(examples) if args.share_images else [[example] for example in examples]
 

@@ -105,7 +105,8 @@ def _plain(messages: list[Message], template: Template) -> list[Segment]:
     official code (the paper kept it): only the projector learns, and the caption is all there is to say."""
     marks = messages[0]["content"].count(IMAGE_TOKEN)
     if not marks or len(messages) > 2:
-        raise Error(f"template plain: it takes one user turn with an {IMAGE_TOKEN} mark and at most one answer")
+        needed = f"one user turn with an {IMAGE_TOKEN} mark and at most one answer"
+        raise Error(f"template plain: it takes {needed}", "plain")
     captions = [Segment(message["content"] + "\n", loss=True) for message in messages[1:]]
     return [Segment(IMAGE_TOKEN * marks), *captions]
 
@@ -221,18 +222,17 @@ def _check_turns(messages: list[Message]) -> None:
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise Error(f"messages[{number}].content: missing, or not text")
-        if problem := _turn_problem(number, message):
-            raise Error(f"messages[{number}].{problem}")
+        _check_turn(f"messages[{number}]", number, message)
 
 
-def _turn_problem(number: int, message: Message, role: str = "role", content: str = "content") -> str | None:
-    """What is wrong with the message of that number, in the words of the format it came in: its fields' names."""
+def _check_turn(place: str, number: int, message: Message, role: str = "role", content: str = "content") -> None:
+    """Raise Error where a message is not of whose turn it is, or an empty answer; role, content: its fields' names."""
     expected = ("user", "assistant")[number % 2]
     if message.get("role") != expected:
-        return f"{role}: this turn must be the {expected}'s; they alternate, the user first"
+        problem = f"this turn must be the {expected}'s; they alternate, the user first"
+        raise Error(f"{place}.{role}: {problem}", "roles out of order")
     if expected == "assistant" and not message["content"].replace(IMAGE_TOKEN, "").strip():
-        return f"{content}: the answer is empty; complete or remove this turn"
-    return None
+        raise Error(f"{place}.{content}: the answer is empty; complete or remove this turn", "empty answer")
 
 
 def images_from_record(record: dict) -> list[str]:
@@ -243,7 +243,7 @@ def images_from_record(record: dict) -> list[str]:
     image = record.get("image")
     paths = [] if image is None else [image] if isinstance(image, str) else image
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise Error(f"{_name(record)}: image: must be a path or a list of paths")
+        raise Error(f"{_name(record)}: image: must be a path or a list of paths", "image name")
     return paths
 
 
@@ -257,15 +257,14 @@ def messages_from_record(record: dict) -> list[Message]:
     """
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
-        raise Error(f"{_name(record)}: conversations: missing, or not a list with turns in it")
+        raise Error(f"{_name(record)}: conversations: missing, or not a list with turns in it", "no record")
     messages = [_message(record, number, turn) for number, turn in enumerate(turns)]
     skipped = int(messages[0]["role"] != "user")
     messages = messages[skipped:]
     if not any(message["role"] == "assistant" for message in messages):
-        raise Error(f"{_name(record)}: conversations: no gpt turn answers a human one")
+        raise Error(f"{_name(record)}: conversations: no gpt turn answers a human one", "no answer")
     for number, message in enumerate(messages):
-        if problem := _turn_problem(number, message, "from", "value"):
-            raise Error(f"{_name(record)}: conversations[{number + skipped}].{problem}")
+        _check_turn(f"{_name(record)}: conversations[{number + skipped}]", number, message, "from", "value")
     if messages[-1]["role"] == "user":
         messages = messages[:-1]
     _check_marks(record, messages)
@@ -276,10 +275,10 @@ def _message(record: dict, number: int, turn: object) -> Message:
     """One turn of an official record as a message."""
     place = f"{_name(record)}: conversations[{number}]"
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise Error(f"{place}.value: missing, or not text")
+        raise Error(f"{place}.value: missing, or not text", "no record")
     role = {"human": "user", "gpt": "assistant"}.get(str(turn.get("from")))
     if role is None and number:
-        raise Error(f"{place}.from: {turn.get('from')!r} where 'human' or 'gpt' is due")
+        raise Error(f"{place}.from: {turn.get('from')!r} where 'human' or 'gpt' is due", "no record")
     return {"role": role or "", "content": turn["value"]}
 
 
@@ -288,9 +287,10 @@ def _check_marks(record: dict, messages: list[Message]) -> None:
     marks = sum(message["content"].count(IMAGE_TOKEN) for message in messages)
     images = len(images_from_record(record))
     if marks and not images:
-        raise Error(f"{_name(record)}: conversations: {marks} {IMAGE_TOKEN} marks, but the record has no image")
+        problem = f"{marks} {IMAGE_TOKEN} marks, but the record has no image"
+        raise Error(f"{_name(record)}: conversations: {problem}", "marks")
     if images > 1 and marks != images:
-        raise Error(f"{_name(record)}: conversations: {marks} {IMAGE_TOKEN} marks for {images} images")
+        raise Error(f"{_name(record)}: conversations: {marks} {IMAGE_TOKEN} marks for {images} images", "marks")
 
 
 def _name(record: object) -> str:

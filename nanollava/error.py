@@ -4,7 +4,14 @@ import sys
 
 
 class Error(Exception):
-    """Bad input, in one line: the file, the field and the remedy. The command lines print it and exit with status 2."""
+    """Bad input, in one line: the file, the field and the remedy. The command lines print it and exit with status 2.
+
+    kind: where a record or its image is at fault, what the fault is called, so that it can be counted; "" elsewhere.
+    """
+
+    def __init__(self, line: str, kind: str = ""):
+        super().__init__(line)
+        self.kind = kind
 
 
 def one_line(error: Exception) -> str | None:

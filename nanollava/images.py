@@ -21,6 +21,7 @@ FILL = tuple(int(value * 255) for value in MEAN)  # (122, 116, 104): what "pad" 
 
 MAX_PIXELS = 150_000_000  # 600 MB once decoded, and below what Pillow itself refuses
 MAX_SIDE = 65_535  # the longest side of a JPEG
+UNREADABLE = "image unreadable"  # the kind of an Error for a file that is there, and no picture by its header
 MAX_RATIO = 256  # of long to short edge, up to which a picture is resized whole before the crop
 
 # What Pillow remarks on (a large picture, odd metadata) is either harmless here or becomes an Error below.
@@ -110,7 +111,8 @@ def open_image(path: str | Path, exif: bool = False) -> Image.Image:
             image.load()
             picture = to_rgb(upright(image) if exif else image)
         except Exception as error:  # Pillow's decoders raise a dozen kinds; all mean that the file is damaged
-            raise Error(f"{path}: the image is damaged or incomplete ({first_line(error)}); fetch it again") from error
+            problem = f"the image is damaged or incomplete ({first_line(error)})"
+            raise Error(f"{path}: {problem}; fetch it again", "image damaged") from error
     return picture
 
 
@@ -124,21 +126,22 @@ def check_image(path: str | Path) -> tuple[int, int]:
 def _open(path: str | Path) -> Image.Image:
     """Pillow's lazily opened image, its size already found acceptable."""
     if not os.path.isfile(path):  # pathlib's is_file raises on names that are too long
-        kind = "is not a file" if os.path.exists(path) else "does not exist"
-        raise Error(f"{path}: the image {kind}; check its name and folder")
+        there = os.path.exists(path)
+        problem, kind = ("is not a file", UNREADABLE) if there else ("does not exist", "image missing")
+        raise Error(f"{path}: the image {problem}; check its name and folder", kind)
     try:
         if Path(path).stat().st_size == 0:
-            raise Error(f"{path}: the image is an empty file (0 bytes); fetch it again")
+            raise Error(f"{path}: the image is an empty file (0 bytes); fetch it again", UNREADABLE)
         image = Image.open(path)
     except Image.DecompressionBombError as error:
-        raise Error(_too_large(path, "more than Pillow's limit of")) from error
+        raise Error(_too_large(path, "more than Pillow's limit of"), UNREADABLE) from error
     except Image.UnidentifiedImageError as error:
-        raise Error(f"{path}: not an image that Pillow can read; convert it to JPEG or PNG") from error
+        raise Error(f"{path}: not an image that Pillow can read; convert it to JPEG or PNG", UNREADABLE) from error
     except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # RuntimeError: damaged AVIF and DDS files
-        raise Error(f"{path}: the image cannot be read ({first_line(error)})") from error
+        raise Error(f"{path}: the image cannot be read ({first_line(error)})", UNREADABLE) from error
     if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
         image.close()
-        raise Error(_too_large(path, f"{image.width} x {image.height}, beyond"))
+        raise Error(_too_large(path, f"{image.width} x {image.height}, beyond"), UNREADABLE)
     return image
 
 

@@ -15,7 +15,7 @@ from nanollava import checkpoint
 from nanollava import folder as files
 from nanollava.attention import Mask, attention
 from nanollava.llama import Block, Llama, LlamaConfig, rotary_angles
-from nanollava.llava import LlavaConfig
+from nanollava.llava import Batch, LlavaConfig
 from nanollava.tokenizer import Tokenizer
 from nanollava.train import budget, lora
 from nanollava.train.advice import advice
@@ -46,11 +46,13 @@ def talks(tmp_path_factory) -> Path:
 # ---------------------------------------------------------------- against autograd
 
 
+@pytest.mark.parametrize("rows", ["one document", "documents", "branches"])
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @pytest.mark.parametrize("how", ["full", "lora", "frozen"])
-def test_a_block_keeps_what_autograd_says_it_keeps(how, dropout):
-    """Every storage that the backward pass of one block will need, weights, angles and the bool mask apart."""
-    B, T, c = 2, 96, LlamaConfig(100, 64, 176, 1, 4, 2)
+def test_a_block_keeps_what_autograd_says_it_keeps(how, dropout, rows):
+    """Every storage that the backward pass of one block will need, weights, angles and the bool mask apart. Rows of
+    four documents are long enough to be taken apart."""
+    B, T, c = 2, 96 if rows == "one document" else 256, LlamaConfig(100, 64, 176, 1, 4, 2)
     language = Llama(c)
     if how == "lora":
         holder = torch.nn.Module()
@@ -58,8 +60,11 @@ def test_a_block_keeps_what_autograd_says_it_keeps(how, dropout):
         lora.adapt(holder, 4, 8, dropout)
         holder.train()
     language.requires_grad_(how == "full") if how != "lora" else None
-    documents = torch.zeros(B, T, dtype=torch.long)
-    attend = attention(Mask(documents=documents, branches=documents), B, T, T, torch.device("cpu"))
+    documents = (torch.arange(T) // 64 * (rows != "one document")).expand(B, T)
+    branches = (torch.arange(T) % 64 // 40 * (rows == "branches")).expand(B, T)
+    masked = budget.masked_keys(documents, branches)
+    assert masked == {"one document": None, "documents": 0, "branches": 64}[rows]
+    attend = attention(Mask(documents=documents, branches=branches), B, T, T, torch.device("cpu"))
     angles = rotary_angles(torch.arange(T).expand(B, T), c, torch.float32)
     apart = [*language.parameters(), *angles]
     known, kept = {t.untyped_storage().data_ptr() for t in apart}, {}
@@ -74,7 +79,7 @@ def test_a_block_keeps_what_autograd_says_it_keeps(how, dropout):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         result = block(torch.randn(B, T, c.hidden_size, requires_grad=True), angles, attend, None)
     plan = How(on_cuda=False, lora=4 if how == "lora" else None, dropout=dropout)
-    expected = B * T * budget.block_bytes(c, plan, T, how == "full")
+    expected = B * T * budget.block_bytes(c, plan, T, how == "full", masked)
     assert result.requires_grad and sum(size for size, _ in kept.values()) == expected
 
 
@@ -140,7 +145,35 @@ def test_what_does_not_fit_is_told_what_would_help_and_by_how_much():
 
 
 def test_full_rows_hold_images_of_one_record_each():
-    assert full_rows(LLAVA_7B, 2) == Work(2, 2048, 2 * (2048 - 3 * 576), 6)
+    assert full_rows(LLAVA_7B, 2) == Work(2, 2048, 2 * (2048 - 3 * 576), 6, masked=0)
+    one = replace(LLAVA_7B, max_length=640)  # a row of one document has one mask
+    assert full_rows(one, 2) == Work(2, 640, 2 * (640 - 576), 2, masked=None)
+
+
+def batch_of(documents: int, branches: int, T: int = 2048) -> Batch:
+    """Two rows of so many documents, each with a shared beginning and so many branches of equal length."""
+    positions, each = torch.arange(T), T // documents
+    branch = positions % each // (each // (1 + branches)) if branches else torch.zeros_like(positions)
+    columns = {"token_ids": positions, "labels": positions, "patches": positions, "positions": positions}
+    columns |= {"documents": positions // each, "branches": branch}
+    return Batch(**{name: column.expand(2, T) for name, column in columns.items()}, pixels=None)
+
+
+def test_on_a_cpu_documents_of_long_rows_have_masks_of_their_own_or_none():
+    """SmolLM's 135m at 2,048 positions, by hand: 4 bytes for each pair of positions, in 30 layers, or for none; where
+    documents are taken one by one, their results are there twice. On CUDA it makes no difference."""
+    one, apart, branched = (Work.largest([batch_of(*shape)], 1) for shape in ((1, 0), (8, 0), (8, 1)))
+    assert (one.masked, apart.masked, branched.masked) == (None, 0, 2048 // 8)
+    config = LlavaConfig(VisionConfig(112, 14), LlamaConfig(49152, 576, 1536, 30, 9, 3))
+    stage, cpu = STAGES["stage2"], How(on_cuda=False)
+    whole, alone, between = (
+        estimate(outline(config, stage, cpu), cpu, work).activations for work in (one, apart, branched)
+    )
+    assert whole - alone == 30 * 2 * 2048 * (4 * 2048 - 4 * 576)
+    assert between - alone == 30 * 2 * 2048 * 4 * 256
+    assert 1.1 < whole / alone < 1.2
+    cards = {estimate(outline(config, stage, ON_CUDA), ON_CUDA, work).activations for work in (one, apart, branched)}
+    assert len(cards) == 1
 
 
 # ---------------------------------------------------------------- as it is typed

@@ -155,7 +155,7 @@ def test_packed_records_have_the_loss_and_gradients_of_records_alone(
 ):
     expected, targets = one_by_one(MIXED, tokenizer, folder)
     examples, report = read(MIXED)
-    assert (len(examples), report.problems, report.cut) == (9, [], 0)
+    assert (len(examples), report.findings) == (9, [])
     found, found_targets, batches = packed(grouping(examples), folder, max_length, rows_at_once)
     assert found_targets == targets
     assert_same(found, expected)
@@ -208,7 +208,7 @@ def test_records_longer_than_a_row_are_cut_counted_and_otherwise_learnt(read, to
     ]
     expected, targets = one_by_one(records, tokenizer, folder, max_length=limit)
     examples, report = read(records, config(limit))
-    assert (report.cut, report.records, len(examples), report.problems) == (3, 4, 4, [])
+    assert (len(report.named("cut")), report.records, len(examples), report.problems) == (3, 4, 4, [])
     for grouping in (singles, group_by_image):
         found, found_targets, _ = packed(grouping(examples), folder, limit)
         assert found_targets == targets
@@ -217,7 +217,8 @@ def test_records_longer_than_a_row_are_cut_counted_and_otherwise_learnt(read, to
 
 def test_a_record_that_just_fits_is_not_counted_as_cut(read):
     length = len(read(MIXED[:1])[0][0].token_ids) + N - 1
-    assert [read(MIXED[:1], config(limit))[1].cut for limit in (length - 1, length, length + 1)] == [1, 0, 0]
+    cut = [read(MIXED[:1], config(limit))[1].named("cut") for limit in (length - 1, length, length + 1)]
+    assert cut == [["a1"], [], []]
 
 
 QUESTIONS = ("What color is the ball?", "What color is the star?", "Is there a circle?", "And?")
@@ -244,7 +245,7 @@ def test_any_mix_has_the_loss_and_gradients_of_its_records_alone(seed, read, tok
     records = [random_record(draw, str(i)) for i in range(draw.randint(5, 12))]
     expected, targets = one_by_one(records, tokenizer, folder)
     examples, report = read(records)
-    assert len(examples) == len(records) and not report.problems and not report.cut
+    assert len(examples) == len(records) and not report.findings
     longest = max(len(e.token_ids) + len(e.images) * (N - 1) for e in examples)
     grouping, limit = draw.choice([singles, group_by_image]), longest + draw.choice([0, 100, 2000])
     found, found_targets, _ = packed(grouping(examples), folder, limit, rows_at_once=draw.choice([0, 1, 2]))
@@ -535,9 +536,9 @@ def test_images_that_do_not_fit_are_an_error_and_not_cut(read, tokenizer):
     token_ids, _ = encode(messages_from_record(GOOD), tokenizer, "vicuna_v1", images=1)
     enough = token_ids.index(IMAGE) + N
     examples, report = read([GOOD], config(enough))  # but not for an answer
-    assert (len(examples), report.cut, report.lost, report.problems) == (0, 1, 1, [])
+    assert (examples, report.named("cut"), report.named("lost"), report.problems) == ([], ["good"], ["good"], [])
     examples, report = read([GOOD], config(enough - 1))
-    assert (len(examples), report.cut) == (0, 0) and len(report.problems) == 1
+    assert (examples, report.named("cut")) == ([], []) and len(report.problems) == 1
     room = f"record good: it takes {enough} positions to the end of its last image (1 in all), a row has {enough - 1};"
     assert report.problems[0] == f"{room} raise --max-length"
 

@@ -651,7 +651,7 @@ def test_ids_that_no_terminal_can_show_are_listed_all_the_same(trainer, write, s
 def test_images_that_no_mark_points_to_are_counted(trainer, write, tmp_path, capsys):
     data = write([*GOOD, record("blind", "c.png", "What is this?", "A star.")])
     assert trainer.stage(2, data, tmp_path / "out", "--steps", 1) == 0
-    assert "1 records have an image that no <image> mark points to" in capsys.readouterr().out
+    assert "no <image> mark points to its image: read as text alone: 1 (blind)" in capsys.readouterr().out
 
 
 def test_images_that_go_away_in_mid_run_end_it_and_it_goes_on_when_they_are_back(
@@ -727,7 +727,8 @@ def test_records_that_end_before_their_answer_are_counted_and_left_out(trainer, 
     words = ("--steps", 4, "--batch-size", 1, "--max-length", 100)
     assert trainer.stage(2, data, tmp_path / "out", *words) == 0
     printed = capsys.readouterr().out
-    assert "1 of them cut at 100 positions, 1 of these left out" in printed and "; 1 to train on" in printed
+    assert "rows of 100 positions; 1 to train on" in printed and "its end is cut off: 1 (long)" in printed
+    assert "cut before the first word of an answer: left out, nothing is learnt from it: 1 (long)" in printed
     assert all(loss > 0 for (loss,) in metrics(tmp_path / "out", "loss"))
 
 
@@ -735,7 +736,7 @@ def test_records_that_all_end_before_their_answer_are_an_error(trainer, write, t
     data = write([record("long", None, "word " * 400, "Yes.")])
     status = trainer.stage(2, data, tmp_path / "out", "--steps", 1, "--max-length", 100)
     printed = capsys.readouterr()
-    assert status == 2 and "1 of these left out for they end before" in printed.out
+    assert status == 2 and "nothing is learnt from it: 1 (long)" in printed.out
     assert printed.err.startswith(f"error: {data}: nothing to learn") and "parameters" not in printed.out
 
 

@@ -2,7 +2,8 @@
 
 Captions and boxes become instruction data by way of a teacher that sees only these (LLaVA section 3): conversations,
 detailed descriptions and complex reasoning, in the paper's proportions. Stop it when you like; the same command goes on
-and asks for nothing twice. `python -m nanollava.instruct brief` makes stage 1's records of captions, without a teacher.
+and asks for nothing twice. `python -m nanollava.instruct brief` makes stage 1's records of captions, without a teacher;
+`balance` chooses among captions by their noun phrases, as the paper did.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 from nanollava.error import Error, forgive_encoding, say
-from nanollava.instruct import brief
+from nanollava.instruct import balance, brief
 from nanollava.instruct.contexts import add_input_options, read_input
 from nanollava.instruct.messages import FOLDER, KINDS, read_prompts
 from nanollava.instruct.plan import make_plan
@@ -18,7 +19,7 @@ from nanollava.instruct.run import Run, rehearse
 from nanollava.instruct.teacher import add_teacher_options, check_options, open_teacher
 from nanollava.train.keep import alone
 
-COMMANDS = {"brief": brief.main}
+COMMANDS = {"brief": brief.main, "balance": balance.main}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanollava.attention import FLEX_FROM
+from nanollava.attention import FLEX_FROM, Mask, worth_splitting
 from nanollava.llama import LlamaConfig
 from nanollava.llava import Batch, Llava, LlavaConfig
 from nanollava.loss import CHUNK
@@ -44,13 +44,16 @@ class Work:
     targets: int  # positions that are predicted
     images: int
     parts: int = 1  # micro-batches of a step
+    masked: int | None = None  # on a CPU, keys in the masks of documents taken one by one; None: one mask for each row
 
     @classmethod
     def largest(cls, batches: list[Batch], parallel: int) -> "Work":
         """That of a step's micro-batches, ``parallel`` of them side by side."""
         images = [0 if batch.pixels is None else len(batch.pixels) for batch in batches]
         targets, parts = [count_targets([batch]) for batch in batches], -(-len(batches) // parallel)
-        works = [cls(*b.token_ids.shape, t, i, parts) for b, t, i in zip(batches, targets, images, strict=True)]
+        masked = [masked_keys(batch.documents, batch.branches) for batch in batches]
+        sizes = zip(batches, targets, images, masked, strict=True)
+        works = [cls(*batch.token_ids.shape, t, i, parts, keys) for batch, t, i, keys in sizes]
         return max(works, key=cls.size, default=cls(1, 64, 1, 0))
 
     def size(self) -> tuple[int, int]:
@@ -126,7 +129,19 @@ def full_rows(config: LlavaConfig, rows: int) -> Work:
     64 positions of text, all of it predicted."""
     N, T = config.vision.num_patches, config.max_length
     images = rows * max(1, T // (N + 64))
-    return Work(rows, T, max(rows, rows * T - images * N), images)
+    documents = (torch.arange(T) // (N + 64)).expand(rows, T)
+    return Work(rows, T, max(rows, rows * T - images * N), images, masked=masked_keys(documents, None))
+
+
+def masked_keys(documents: torch.Tensor, branches: torch.Tensor | None) -> int | None:
+    """For each position of (B, T), the mean number of keys in the masks that a CPU writes out; None where that is one
+    mask for each row, of all T. Documents of long rows are taken one by one (attention.py), those of one piece without
+    a mask."""
+    mask, (rows, length) = Mask(documents=documents, branches=branches), documents.shape
+    split = worth_splitting(mask, length, length, torch.device("cpu"))
+    if split is None:
+        return None
+    return -(-sum(n * n for row in split for n, allowed in row if allowed is not None) // (rows * length))
 
 
 def outline(config: LlavaConfig, stage: Stage, how: How) -> Llava:
@@ -207,7 +222,8 @@ def decoder_bytes(model: Llava, how: How, work: Work) -> int:
     """What the blocks and the last norm keep for the backward pass, and what one block needs while it goes through."""
     c, layers = model.config.language, model.config.language.num_hidden_layers
     positions, trains = work.rows * work.length, any(p.requires_grad for p in model.language.parameters())
-    block, summed = block_bytes(c, how, work.length, trains), bytes_of(model.language.embed_tokens.weight, how)
+    block = block_bytes(c, how, work.length, trains, work.masked)
+    summed = bytes_of(model.language.embed_tokens.weight, how)
     passing = how.matrix * 3 * c.intermediate_size + summed * 3 * c.hidden_size  # gradients inside one block
     end = (4 + summed + how.matrix) * c.hidden_size  # the last norm and what the head takes
     if how.recompute:  # Chen et al., 2016: inputs of all blocks, the rest of one
@@ -215,15 +231,18 @@ def decoder_bytes(model: Llava, how: How, work: Work) -> int:
     return positions * (layers * block + passing + end)
 
 
-def block_bytes(c: LlamaConfig, how: How, length: int, trains: bool) -> int:
-    """What autograd keeps of one block for one position: `saved_tensors_hooks` shows the same list."""
+def block_bytes(c: LlamaConfig, how: How, length: int, trains: bool, masked: int | None = None) -> int:
+    """What autograd keeps of one block for one position: `saved_tensors_hooks` shows the same list. masked: as in
+    ``Work``."""
     D, I, H = c.hidden_size, c.intermediate_size, c.num_attention_heads
     A, K, n = H * c.head_dim, c.num_key_value_heads * c.head_dim, how.matrix
     kept = 2 * 4 * (D + 1)  # RMSNorm computes in float32: its input and 1 / root mean square
     kept += n * (2 * A + 2 * K) + 4 * H  # q and k turned, v, the result; log of each softmax's sum (Dao et al., 2022)
     kept += n * 3 * I  # gate, silu(gate), up
     if not how.on_cuda:
-        kept += 4 * length  # scaled_dot_product_attention makes numbers of the mask, anew in each layer
+        kept += 4 * (length if masked is None else masked)  # the mask is made numbers, anew in each layer
+        joined = masked is not None and (trains or (how.lora and not how.dropout))
+        kept += n * A if joined else 0  # the row of the documents' results, which the last matrix takes
     elif length < FLEX_FROM:
         kept += n * (length + 2 * (A - K))  # the same, and keys and values for each query head
     if how.lora:

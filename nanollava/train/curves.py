@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from nanollava.checkpoint import load
-from nanollava.error import say
+from nanollava.error import Error, say, some
 from nanollava.train.data import Dataset
 from nanollava.train.loop import Options, train
 from nanollava.train.machine import in_processes
@@ -67,7 +67,11 @@ def stage2(miniature: Path, out: Path, optimizer: str, seed: int, steps: int, lr
     model = load(miniature / "stage1", dtype=precision("language", stage, optimizer, "cpu", lora=False))
     groups = {}
     for name in ("instruct", "instruct_val"):
-        examples, _ = read_records(world / f"{name}.json", world / "images", model.tokenizer, model.config, "vicuna_v1")
+        file = world / f"{name}.json"
+        examples, report = read_records(file, world / "images", model.tokenizer, model.config, "vicuna_v1")
+        if report.findings:
+            lost = some([finding.record for finding in report.findings], 3)
+            raise Error(f"{file}: records that are bad, or lose something: {lost}; make the miniature again")
         groups[name] = group_by_image(examples)
     data = Dataset(groups["instruct"], world / "images", model.config)
     val = Dataset(groups["instruct_val"][:160], world / "images", model.config)

@@ -17,6 +17,8 @@ about one image (of N = 2 patches), an example without one, and padding; . stand
     positions   0   1   2    3   4   5    3   4   5 |  0   1   2   3 |  0
     documents   0   0   0    0   0   0    0   0   0 |  1   1   1   1 |  .
     branches    0   0   0    1   1   1    2   2   2 |  1   1   1   1 |  0
+
+``python -m nanollava.train.data check FILE --images DIR`` tells what training would refuse of a file (check.py).
 """
 
 import os
@@ -229,3 +231,9 @@ def draw_steps(groups: int, batch_size: int, seed: int, skip: int = 0) -> Iterat
 def count_targets(batches: list[Batch]) -> int:
     """How many positions are to be predicted."""
     return sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)
+
+
+if __name__ == "__main__":
+    from nanollava.train.check import main  # what training would refuse of a file; it builds on the model
+
+    raise SystemExit(main())

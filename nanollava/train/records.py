@@ -4,7 +4,7 @@ JSON file -> checked records -> examples (ids, labels, images) -> groups, the un
 """
 
 import json
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -27,15 +27,40 @@ class Example(NamedTuple):
     images: tuple[str, ...]
 
 
+# What a record that can be read may lose, and is never to lose in silence: each kind, and what training does. The kinds
+# of what is refused come with their Error.
+CUT, LOST, UNMARKED, SPARE = "cut", "lost", "unmarked", "spare"
+LOSSES = {
+    CUT: "longer than a row: its end is cut off",
+    LOST: "cut before the first word of an answer: left out, nothing is learnt from it",
+    UNMARKED: "no <image> mark points to its image: read as text alone",
+    SPARE: "begins with an answer, or ends with a question: that turn is left out",
+}
+
+
+class Finding(NamedTuple):
+    """What is to be said of one record."""
+
+    kind: str  # one of LOSSES, or the kind of an Error
+    record: str  # its id
+    problem: str = ""  # why it cannot be trained on; "" where it can
+
+
 @dataclass
 class Report:
-    """What reading a file found: the records that cannot be trained on, and how many will be cut."""
+    """What reading a file found."""
 
-    problems: list[str] = field(default_factory=list)  # one line for each bad record, its id first
-    cut: int = 0  # longer than max_length: their ends are lost
-    lost: int = 0  # of these, records cut before the first word of an answer: left out, nothing is learnt from them
-    unmarked: int = 0  # records with an image that no <image> mark points to: it is not shown
     records: int = 0
+    findings: list[Finding] = field(default_factory=list)  # in the order of the file; a record may have several
+
+    def named(self, kind: str) -> list[str]:
+        """The ids of the records with a finding of that kind."""
+        return [finding.record for finding in self.findings if finding.kind == kind]
+
+    @property
+    def problems(self) -> list[str]:
+        """One line for each record that cannot be trained on, its id first."""
+        return [f"record {finding.record}: {finding.problem}" for finding in self.findings if finding.problem]
 
 
 def read_list(file: str | Path) -> list[dict]:
@@ -54,7 +79,7 @@ def read_list(file: str | Path) -> list[dict]:
 def image_path(folder: str | Path, name: str) -> Path:
     """Where the image ``name`` of a record lies. Raises Error for a name that leads out of the folder."""
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-        raise Error(f"image name {name!r} leads out of the image folder; use a path inside it")
+        raise Error(f"image name {name!r} leads out of the image folder; use a path inside it", "image name")
     return Path(folder) / name
 
 
@@ -69,55 +94,85 @@ def make_example(record: dict, tokenizer: Tokenizer, config: LlavaConfig, templa
     last = max((i for i, token in enumerate(token_ids) if token == IMAGE_TOKEN_ID), default=-1)
     if last >= room:
         need = f"{last + 1 + marks * (config.vision.num_patches - 1):,} positions to the end of its last image"
-        raise Error(f"it takes {need} ({marks} in all), a row has {config.max_length:,}; raise --max-length")
+        raise Error(f"it takes {need} ({marks} in all), a row has {config.max_length:,}; raise --max-length", "no room")
     return Example(np.array(token_ids, np.int32), np.array(labels, np.int32), tuple(images))
+
+
+@dataclass
+class Reader:
+    """Reads records one by one: what training and the checker (check.py) think of a record is decided here."""
+
+    image_folder: str | Path | None
+    tokenizer: Tokenizer
+    config: LlavaConfig
+    template: str
+    look: Callable[[Path], object] = check_image  # raises Error where an image is bad; this one reads its header
+    seen: dict[str, tuple[str, str]] = field(default_factory=dict)  # line and kind of that Error, for each image name
+    report: Report = field(default_factory=Report)
+
+    def read(self, record: dict) -> Example | None:
+        """The example of the file's next record; None where it cannot be trained on. The report tells why."""
+        number, self.report.records = self.report.records, self.report.records + 1
+        record = {"id": f"number {number}", **record} if isinstance(record, dict) else record
+        name = str(record["id"]) if isinstance(record, dict) else f"number {number}"
+        shown = printable(name, 100)
+        try:
+            example = make_example(record, self.tokenizer, self.config, self.template)
+            for image in example.images:
+                self.check_once(image)
+        except Error as error:
+            problem = str(error).removeprefix(f"record {name}: ")
+            self.report.findings.append(Finding(error.kind, shown, printable(problem, 500)))
+            return None
+        kinds = self.losses(record, example)
+        self.report.findings += [Finding(kind, shown) for kind in kinds]
+        return None if LOST in kinds else example
+
+    def losses(self, record: dict, example: Example) -> list[str]:
+        """What a record that can be read loses, in the order of LOSSES."""
+        patches, limit = self.config.vision.num_patches, self.config.max_length
+        length = len(example.token_ids) + len(example.images) * (patches - 1)
+        found = {
+            CUT: length > limit,
+            LOST: first_target(example, patches) >= limit,
+            UNMARKED: bool(record.get("image")) and not example.images,
+            SPARE: has_spare_turn(record),
+        }
+        return [kind for kind, yes in found.items() if yes]
+
+    def check_once(self, name: str) -> None:
+        """Look at an image whose name is met for the first time; raise the same Error again for one met before."""
+        if name not in self.seen:
+            try:
+                if self.image_folder is None:
+                    raise Error(f"image {name}: no image folder given; add --images FOLDER", "no image folder")
+                self.look(image_path(self.image_folder, name))
+                self.seen[name] = ("", "")
+            except Error as error:
+                self.seen[name] = (str(error), error.kind)
+        if self.seen[name][0]:
+            raise Error(*self.seen[name])
 
 
 def read_records(
     file: str | Path, image_folder: str | Path | None, tokenizer: Tokenizer, config: LlavaConfig, template: str
 ) -> tuple[list[Example], Report]:
     """All good examples of a file, and a report that names every bad record. Images are judged by their headers."""
-    examples, report, seen = [], Report(), {}
-    for number, record in enumerate(read_list(file)):
-        report.records += 1
-        record = {"id": f"number {number}", **record} if isinstance(record, dict) else record
-        try:
-            example = make_example(record, tokenizer, config, template)
-            for name in example.images:
-                check_once(name, image_folder, seen)
-        except Error as error:
-            name = str(record["id"]) if isinstance(record, dict) else f"number {number}"
-            problem = str(error).removeprefix(f"record {name}: ")
-            report.problems.append(f"record {printable(name, 100)}: {printable(problem, 500)}")
-            continue
-        report.unmarked += bool(record.get("image")) and not example.images
-        length = len(example.token_ids) + len(example.images) * (config.vision.num_patches - 1)
-        report.cut += length > config.max_length
-        if first_target(example, config.vision.num_patches) >= config.max_length:
-            report.lost += 1
-        else:
-            examples.append(example)
-    return examples, report
+    reader = Reader(image_folder, tokenizer, config, template)
+    examples = [example for record in read_list(file) if (example := reader.read(record)) is not None]
+    return examples, reader.report
+
+
+def has_spare_turn(record: dict) -> bool:
+    """Whether ``messages_from_record`` left a turn of it out."""
+    turns = record["conversations"]
+    return turns[0].get("from") != "human" or turns[-1]["from"] == "human"
 
 
 def first_target(example: Example, num_patches: int) -> int:
     """The position, images widened, of the first token that carries loss."""
     first = int((example.labels != IGNORE).argmax())
     return first + int((example.token_ids[:first] == IMAGE_TOKEN_ID).sum()) * (num_patches - 1)
-
-
-def check_once(name: str, folder: str | Path | None, seen: dict[str, str]) -> None:
-    """check_image for a name met for the first time; the same Error again for one met before."""
-    if name not in seen:
-        try:
-            if folder is None:
-                raise Error(f"image {name}: no image folder given; add --images FOLDER")
-            check_image(image_path(folder, name))
-            seen[name] = ""
-        except Error as error:
-            seen[name] = str(error)
-    if seen[name]:
-        raise Error(seen[name])
 
 
 def group(examples: list[Example], keys: Iterable[Hashable]) -> list[list[Example]]:

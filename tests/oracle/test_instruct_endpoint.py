@@ -24,6 +24,7 @@ from nanollava.instruct.plan import make_plan
 from nanollava.instruct.teacher import Request, Unanswered
 from nanollava.llava import LlavaConfig
 from nanollava.tokenizer import Tokenizer
+from nanollava.train.check import main as check
 from nanollava.train.records import read_records
 from tests.teacher_server import KEY, TeacherServer, converse
 
@@ -132,7 +133,8 @@ def test_all_contexts_of_the_benchmark_through_a_server_that_misbehaves(
         Image.new("RGB", (8, 8)).save(tmp_path / record["image"])
     tokenizer = Tokenizer(tiny_tokenizer_file)
     examples, report = read_records(tmp_path / "out/instruct.json", tmp_path, tokenizer, LlavaConfig(), "vicuna_v1")
-    assert len(examples) == 165 and not report.problems and not report.lost
+    assert len(examples) == 165 and not report.findings
+    assert check(["check", str(tmp_path / "out/instruct.json"), "--images", str(tmp_path)]) == 0
     lines = [json.loads(line) for line in (tmp_path / "out/replies.jsonl").read_text().splitlines()]
     read = sum(len(m["content"].split()) for messages in keys for m in json.loads(messages))
     assert sum(line["prompt_tokens"] for line in lines) == read and f"Tokens: {read:,} read" in told
