@@ -203,7 +203,7 @@ def documents_of(mask: Mask, row: int, lengths: list[int]) -> list[Piece]:
     documents, start = [], 0
     for length in lengths:
         inside = mask.branches[row : row + 1, start : start + length] if mask.branches is not None else None
-        branched = inside is not None and bool(inside.any())
+        branched = inside is not None and bool((inside != inside[:, :1]).any())  # of one branch all see each other
         documents.append((length, Mask(branches=inside).dense(1, length, length, inside.device) if branched else None))
         start += length
     return documents

@@ -1,5 +1,6 @@
 """What the README says is true: files, line counts, commands."""
 
+import ast
 import random
 import re
 import shlex
@@ -34,15 +35,21 @@ def test_every_training_command_is_understood(line):
 
 
 def test_every_flag_that_is_named_exists():
-    parser = train.make_parser()
-    stages = next(a for a in parser._actions if a.choices).choices
-    known = {flag for p in stages.values() for a in p._actions for flag in a.option_strings}
-    known |= {"--image", "--ask", "--base", "--as", "--fp16", "--world"}  # of chat, nanollava.checkpoint and .evaluate
-    known |= {"--local-dir"}  # of hf
-    known |= {"--nproc-per-node"}  # of torchrun
-    known |= {"--int8"}  # of chat and nanollava.evaluate
-    known |= {"--quick", "--ladder", "--models", "--folder"}  # of nanollava.bench
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) <= known
+    sources = [ROOT / "train.py", ROOT / "chat.py", *(ROOT / "nanollava").rglob("*.py")]
+    known = {flag for file in sources for flag in re.findall(r'"(--[a-z][a-z0-9-]+)"', file.read_text(encoding="utf-8"))}
+    known |= {"--local-dir", "--nproc-per-node"}  # of hf and torchrun
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README))
+    assert named and named <= known
+
+
+def test_files_stand_below_those_that_they_import():
+    rows = re.findall(r"^\|.*\| \[`?([\w/.]+\.py)`?\]\(\1\) \| \d+ \|$", README, flags=re.M)
+    for number, file in enumerate(rows):
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        for node in (node for node in tree.body if isinstance(node, ast.ImportFrom)):
+            modules = [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
+            for found in {f"{module.replace('.', '/')}.py" for module in modules} & set(rows):
+                assert rows.index(found) < number, f"{file} imports {found}"
 
 
 def test_the_bundled_model_is_the_one_that_this_code_makes_and_says_what_is_printed():
