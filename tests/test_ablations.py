@@ -17,9 +17,8 @@ from PIL import Image
 
 import train
 from nanollava.checkpoint import load
-from nanollava.evaluate import ablations, findings
-from nanollava.evaluate.miniature import verdict
-from nanollava.evaluate.variants import KEPT, TURNED, VARIANTS, chosen, conclusion_first, first_verdict, turned
+from nanollava.evaluate import ablations, findings, variants
+from nanollava.evaluate.variants import KEPT, TURNED, VARIANTS, chosen, conclusion_first, turned
 from nanollava.miniature import pretrain, recipe, world
 from nanollava.miniature.language import KINDS, ask, describe
 from nanollava.miniature.scenes import random_scene
@@ -111,8 +110,8 @@ def test_what_is_finished_is_not_done_again_and_more_seeds_are_added(miniature, 
 def test_interrupted_anywhere_the_same_command_goes_on_to_the_same_end(
     miniature, finished, tmp_path, monkeypatch, capsys
 ):
-    given = words(miniature, tmp_path / "out", "--only", "conversation,answer-first")
-    for last in (1, 2, 3):
+    given = words(miniature, tmp_path / "out", "--only", "answer-first")
+    for last in (1, 2):
         calls = []
 
         def command(argv, calls=calls, last=last):
@@ -125,12 +124,12 @@ def test_interrupted_anywhere_the_same_command_goes_on_to_the_same_end(
             patch.setattr(ablations, "train_command", lambda command=command: command)
             assert ablations.main(given) == 130
         assert capsys.readouterr().err.strip() == "interrupted: go on with the same command"
-        assert len(calls) == 1 or last > 1
+        assert len(calls) == last
     assert ablations.main(given) == 0
-    for name in ("all", "conversation", "answer-first"):
+    for name in ("all", "answer-first"):
         assert same_weights(tmp_path / "out/seed-0" / name, finished / "seed-0" / name)
     runs = [json.loads((out / "results.json").read_text())["runs"] for out in (tmp_path / "out", finished)]
-    assert runs[0] == {name: runs[1][name] for name in runs[0]} and len(runs[0]) == 3
+    assert runs[0] == {name: runs[1][name] for name in runs[0]} and len(runs[0]) == 2
 
 
 def test_killed_in_the_middle_it_goes_on(miniature, finished, tmp_path, capsys):
@@ -201,11 +200,11 @@ def test_shares_are_those_of_the_paper_and_hang_on_the_id_alone():
     ),
     (  # neighbour
         "The star is small, red and at the top; below it is the blue object, which is a heart.",
-        "It is a heart. The star is small, red and at the top; below it is the blue object.", "it is a heart",
+        "It is a heart. The star is small, red and at the top; below it is the blue object.", "a heart",
     ),
     (
         "The star is small, red and at the top; below it is the large heart, which is blue.",
-        "It is blue. The star is small, red and at the top; below it is the large heart.", "it is blue",
+        "It is blue. The star is small, red and at the top; below it is the large heart.", "blue",
     ),
     (  # remaining
         "Without the red objects, the blue star and the pink cross would be left, so two.",
@@ -220,13 +219,12 @@ def test_shares_are_those_of_the_paper_and_hang_on_the_id_alone():
 ])  # fmt: skip
 def test_an_answer_is_turned_round_and_its_verdict_found(answer, said_first, comes_down_to):
     assert conclusion_first(answer) == said_first
-    assert first_verdict(said_first) == comes_down_to
+    assert variants.first_verdict(said_first) == comes_down_to
 
 
 def test_everything_the_teacher_says_is_turned_without_loss_and_comes_down_to_the_same():
-    """Over many scenes: the same words but for those that join, and as many different verdicts as before."""
+    """Over many scenes: the same words but for those that join, and the same verdict as before."""
     rng, joins, turned_kinds = random.Random(0), Counter(["so", "which", "is", "it", "none"]), Counter()
-    verdicts: dict[str, set] = {kind: set() for kind in KINDS}
     for _ in range(400):
         scene = random_scene(rng, "test")
         asked = [(kind, ask(scene, kind, rng)) for kind in (*KINDS, "look")]
@@ -237,15 +235,10 @@ def test_everything_the_teacher_says_is_turned_without_loss_and_comes_down_to_th
             before, after = (Counter(re.findall(r"\w+", text.lower())) for text in (question.answer, answer))
             assert set((before - after) + (after - before)) <= set(joins)
             turned_kinds[kind] += answer != question.answer
-            if kind in KINDS:
-                verdicts[kind].add((verdict(question.answer), first_verdict(answer)))
+            assert kind == "detail" or variants.first_verdict(answer) == variants.last_verdict(question.answer)
     assert {kind for kind, count in turned_kinds.items() if count} == {
         "count", "existence", "relation", "neighbour", "remaining",
     }  # fmt: skip
-    for kind, pairs in verdicts.items():
-        plain = {re.sub(r"^(so|which is|i see|it is) ", "", before) for before, _ in pairs}
-        assert plain == {re.sub(r"^it is ", "", after) for _, after in pairs}, kind
-        assert len({before for before, _ in pairs}) == len({after for _, after in pairs}) == len(pairs)
 
 
 def test_only_answers_are_turned():
@@ -284,7 +277,8 @@ def test_each_order_is_scored_by_its_own_rule(plan, monkeypatch):
         assert [found[name] for name in measures] == [1] * 6
     assert in_order["blind"]["whole"] < 0.3 and "blind" not in first
     unturned = measured(plan, TURNED, monkeypatch, str)
-    assert unturned["exact"]["colour"] == 1 and unturned["exact"]["neighbour"] == unturned["verdicts"]["neighbour"] == 0
+    assert unturned["exact"]["colour"] == 1 and unturned["exact"]["neighbour"] == 0
+    assert unturned["verdicts"]["existence"] < 1
 
 
 def test_a_verdict_counts_whatever_its_reasons(plan, monkeypatch):

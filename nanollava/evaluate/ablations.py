@@ -24,8 +24,8 @@ import nanollava
 from nanollava.checkpoint import load
 from nanollava.error import Error, forgive_encoding, say
 from nanollava.evaluate import findings
-from nanollava.evaluate.miniature import Item, accuracy, answers, describe_scores, guesses, make_items, verdict
-from nanollava.evaluate.variants import TURNED, VARIANTS, Variant, chosen, first_verdict, turned_item
+from nanollava.evaluate.miniature import Item, accuracy, answers, describe_scores, guesses, make_items
+from nanollava.evaluate.variants import TURNED, VARIANTS, Variant, chosen, first_verdict, last_verdict, turned_item
 from nanollava.folder import check_writable, read_json
 from nanollava.llama import LlamaConfig
 from nanollava.llava import Llava
@@ -184,8 +184,8 @@ def prepare(plan: Plan, variants: list[Variant]) -> None:
             write(records_file(plan, name), chosen(records, name))
     if not (plan.out / "guessing.json").exists():
         closed = [item for item in make_items(plan.world, plan.per_kind) if item.question.kind in KINDS]
-        exact, verdicts = (guesses(plan.world, closed, what) for what in (str, verdict))
-        write(plan.out / "guessing.json", figures(accuracy(closed, exact), accuracy(closed, verdicts, verdict)))
+        exact, verdicts = (guesses(plan.world, closed, what) for what in (str, last_verdict))
+        write(plan.out / "guessing.json", figures(accuracy(closed, exact), accuracy(closed, verdicts, last_verdict)))
 
 
 def records_file(plan: Plan, name: str) -> Path:
@@ -265,7 +265,7 @@ def half_config(tokenizer: Tokenizer) -> LlamaConfig:
 
 def measure(model: Llava, plan: Plan, variant: Variant) -> Figures:
     """Answers about pictures never seen, scored by the rule that fits their order; for the base also blind."""
-    items, what = make_items(plan.world, plan.per_kind), verdict
+    items, what = make_items(plan.world, plan.per_kind), last_verdict
     if variant.records == TURNED:
         items, what = [turned_item(item) for item in items], first_verdict
 

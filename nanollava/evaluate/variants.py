@@ -118,9 +118,14 @@ def conclusion_first(answer: str) -> str:
     return answer
 
 
+def last_verdict(answer: str) -> str:
+    """What an answer comes down to that ends in its conclusion, without the words that join that to what precedes."""
+    return re.sub(r"^(so|which is|it is|i see) ", "", verdict(answer))
+
+
 def first_verdict(answer: str) -> str:
-    """What an answer that gives its conclusion first comes down to: the last clause of that."""
-    return verdict(answer.split(". ")[0])
+    """What an answer comes down to that begins with its conclusion: so the same as before it was turned round."""
+    return last_verdict(answer.split(". ")[0])
 
 
 def turned_item(item: Item) -> Item:
