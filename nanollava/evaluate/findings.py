@@ -4,7 +4,7 @@ An outcome is computed from the runs alone: a variant is "within the spread" of 
 overlap; otherwise it "agrees" with the paper where it moves the score to the same side, or "disagrees".
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from itertools import chain
 from statistics import mean
 
@@ -46,7 +46,7 @@ def outcome(base: list[float], found: list[float], paper: float) -> str:
     return "agrees" if (mean(found) - mean(base)) * paper > 0 else "disagrees"
 
 
-def compared(runs: Runs) -> Iterable[tuple[str, str, float, float | None, str]]:
+def compared(runs: Runs) -> Iterator[tuple[str, str, float, float | None, str]]:
     """Variant, measure, difference from the base in points, the paper's (None: lower, no figure), outcome."""
     for name in (name for name in runs if name != "all"):
         if name in BENCH:
@@ -67,17 +67,19 @@ def report(runs: Runs, guessing: dict, steps: int, per_kind: int) -> str:
     seeds = len(runs["all"])
     few = " With fewer than three seeds the range says little." if seeds < 3 else ""
     about = (
-        f"Percent, mean (lowest to highest) of {seeds} seed{'s' * (seeds > 1)}; {steps:,} steps of stage 2, "
-        f"{per_kind} questions of each kind about pictures never seen.{few}"
+        f"Percent, mean (lowest to highest) of {seeds} seed{'s' * (seeds > 1)}; {steps:,} steps of stage 2 "
+        f"and as many pictures in each for all; {per_kind} questions of each kind about pictures never seen."
     )
     blind = {name: mean(values({"blind": [f["blind"] for f in runs["all"]]}, "blind", name)) for name in CLOSED}
     guess = {name: 100 * guessing[name] for name in CLOSED}
-    parts = [about]
+    parts = [about + few]
     if any(name in runs for name in list(BENCH)[1:]):
         parts += ["### Kinds of instruction data", BENCH_ABOUT, bench_table(runs, guess, blind)]
     if any(name in runs for name in list(SCIENCE)[1:]):
         parts += ["### Design choices", SCIENCE_ABOUT, science_table(runs, guess, blind)]
-    return "\n\n".join([*parts, "### Held against the paper", *outcomes(runs)])
+    if len(runs) > 1:
+        parts += ["### Held against the paper", AGAINST_ABOUT, against_table(runs), *explanations(runs)]
+    return "\n\n".join(parts)
 
 
 CLOSED = ("conversation", "reasoning", "whole", "verdict")  # measures of questions with one right answer
@@ -90,6 +92,10 @@ SCIENCE_ABOUT = (
     "Verdicts are what an answer comes down to, wherever in it that stands, as ScienceQA counts the letter alone: the "
     "mean of nine kinds. Beside them the paper's accuracy on ScienceQA; of the linear projector v1.5 says only that it "
     "is worse."
+)
+AGAINST_ABOUT = (
+    "Differences from the full recipe. Within the spread: the ranges of the seeds overlap. Agrees, disagrees: they do "
+    "not, and the score moves to the paper's side, or to the other."
 )
 
 
@@ -122,19 +128,22 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
-def outcomes(runs: Runs) -> list[str]:
-    """A line for each variant: its differences from the base, the paper's, what they come to, what may explain it."""
-    lines = []
-    for name in (name for name in runs if name != "all"):
-        found = [row for row in compared(runs) if row[0] == name]
-        told = "; ".join(
-            f"{measure} {gap:+.1f}, the paper {'lower' if paper is None else f'{paper:+.1f}'}: {word}"
-            for _, measure, gap, paper, word in found
-        )
-        odd = any(word != "agrees" for *_, word in found)
-        why = f" What may explain it: {VARIANTS[name].differs}." if odd else ""
-        lines.append(f"* **{VARIANTS[name].title}**: {told}.{why}")
-    return ["\n".join(lines)]
+def against_table(runs: Runs) -> str:
+    """A row for each comparison: the difference from the base here and in the paper, and what they come to."""
+    rows = [
+        [VARIANTS[name].title, measure, f"{gap:+.1f}", "lower" if paper is None else f"{paper:+.1f}", word]
+        for name, measure, gap, paper, word in compared(runs)
+    ]
+    return markdown(["variant", "measure", "the miniature, points", "the paper", "outcome"], rows)
+
+
+def explanations(runs: Runs) -> list[str]:
+    """What may explain outcomes other than the paper's: a line for each reason, with all that it is about."""
+    titles: dict[str, list[str]] = {}
+    for name in dict.fromkeys(row[0] for row in compared(runs) if row[-1] != "agrees"):
+        titles.setdefault(VARIANTS[name].differs, []).append(VARIANTS[name].title)
+    lines = [f"* {'; '.join(names)}: {reason}." for reason, names in titles.items()]
+    return ["Where the outcome is another than the paper's, this may explain it:", "\n".join(lines)] if lines else []
 
 
 def numbers(runs: Runs, guessing: dict) -> dict:

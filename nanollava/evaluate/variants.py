@@ -49,7 +49,7 @@ VARIANTS = {
         Variant("detail+reasoning", "detail and reasoning", KNOWN, "detail+reasoning"),
         Variant("mostly-conversation", "conversation, 5% of detail, 10% of reasoning", KNOWN, "mostly-conversation"),
         Variant("conversation", "conversation only", KNOWN, "conversation"),
-        Variant("none", "none: stage 1 only", KNOWN, None),
+        Variant("none", "none (stage 1 only)", KNOWN, None),
         Variant(
             "last-layer", "the tower's last layer",
             "the paper supposes that the last layer tells of the whole picture more than of its places; this tower has "
