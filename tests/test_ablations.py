@@ -378,7 +378,7 @@ def test_the_picture_has_a_dot_for_each_seed_and_the_paper_s_diamond():
 
 
 @pytest.mark.parametrize("more, told", [
-    (["--only", "conversation,everything"], "--only everything: no such variant; choose from all, detail+reasoning"),
+    (["--only", "conversation,everything"], "--only everything: no such variant; choose from all, last-layer"),
     (["--seeds", "0"], "--seeds is 0: it must be above 0"),
     (["--steps", "-1"], "--steps is -1: it must be above 0"),
     (["--at-once", "0"], "--at-once is 0: it must be above 0"),

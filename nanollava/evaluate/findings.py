@@ -48,7 +48,7 @@ def outcome(base: list[float], found: list[float], paper: float) -> str:
 
 def compared(runs: Runs) -> Iterator[tuple[str, str, float, float | None, str]]:
     """Variant, measure, difference from the base in points, the paper's (None: lower, no figure), outcome."""
-    for name in (name for name in runs if name != "all"):
+    for name in (name for name in (*BENCH, *SCIENCE) if name in runs and name != "all"):
         if name in BENCH:
             papers = dict(zip(GROUPS, (a - b for a, b in zip(BENCH[name], BENCH["all"], strict=True)), strict=True))
         else:
