@@ -406,6 +406,16 @@ def test_a_folder_that_is_no_miniature_is_one_line(miniature, tmp_path, capsys):
     assert "the field 'language_steps' is None" in capsys.readouterr().err
 
 
+def test_a_world_with_records_of_others_is_one_line(miniature, tmp_path, capsys):
+    shutil.copytree(miniature, tmp_path / "other", ignore=shutil.ignore_patterns("images"))
+    file = tmp_path / "other/world/instruct.json"
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps([kept[0], {name: kept[1][name] for name in ("id", "image", "conversations")}]))
+    assert ablations.main(words(tmp_path / "other", tmp_path / "out")) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {file}: record number 1 has no kind") and told.count("\n") == 1
+
+
 def test_runs_of_another_setting_are_not_taken_for_these(miniature, finished, tmp_path, capsys):
     before = sorted(finished.rglob("*"))
     assert ablations.main([*words(miniature, finished), "--steps", "4"]) == 2

@@ -25,7 +25,7 @@ from nanollava.checkpoint import load
 from nanollava.error import Error, forgive_encoding, say
 from nanollava.evaluate import findings
 from nanollava.evaluate.miniature import Item, accuracy, answers, describe_scores, guesses, make_items
-from nanollava.evaluate.variants import TURNED, VARIANTS, Variant, chosen, first_verdict, last_verdict, turned_item
+from nanollava.evaluate.variants import TURNED, VARIANTS, Variant, chosen, first_verdict, last_verdict, own, turned_item
 from nanollava.folder import check_writable, read_json
 from nanollava.llama import LlamaConfig
 from nanollava.llava import Llava
@@ -35,7 +35,6 @@ from nanollava.miniature.pretrain import language_config, pretrain_language
 from nanollava.tokenizer import Tokenizer, load_tokenizer
 from nanollava.train.keep import alone
 from nanollava.train.machine import in_processes
-from nanollava.train.records import read_list
 from nanollava.train.resume import progress
 
 PARTS = ("recipe.json", "tokenizer", "clip", "vicuna", "world/done")  # of a miniature: what all variants share
@@ -160,7 +159,8 @@ def run(plan: Plan, variants: list[Variant], seeds: int, at_once: int) -> None:
         if missing:
             with clock.step(f"seed {seed}, stage 2", f"Seed {seed}: stage 2 and questions, {len(missing)} variants"):
                 side_by_side({v.name: (tune, (plan, v, seed)) for v in missing}, at_once)
-        tell(plan, variants, seed + 1)
+        if missing or seed + 1 == seeds:
+            tell(plan, variants, seed + 1)
     print(f"\n{clock.summary()}", flush=True)
 
 
@@ -177,12 +177,12 @@ def tell(plan: Plan, variants: list[Variant], seeds: int) -> None:
 
 def prepare(plan: Plan, variants: list[Variant]) -> None:
     """Files of records, each once; and what guessing gives."""
-    missing = {v.records for v in variants if v.records and not records_file(plan, v.records).exists()}
-    if missing:
-        records = read_list(plan.world / "instruct.json")
-        for name in sorted(missing):
-            write(records_file(plan, name), chosen(records, name))
-    if not (plan.out / "guessing.json").exists():
+    names = {v.records for v in variants if v.records and not records_file(plan, v.records).exists()}
+    guessed = (plan.out / "guessing.json").exists()
+    records = own(records_file(plan, "all")) if names or not guessed else []
+    for name in sorted(names):
+        write(records_file(plan, name), chosen(records, name))
+    if not guessed:
         closed = [item for item in make_items(plan.world, plan.per_kind) if item.question.kind in KINDS]
         exact, verdicts = (guesses(plan.world, closed, what) for what in (str, last_verdict))
         write(plan.out / "guessing.json", figures(accuracy(closed, exact), accuracy(closed, verdicts, last_verdict)))
