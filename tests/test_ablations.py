@@ -23,7 +23,7 @@ from nanollava.miniature import pretrain, recipe, world
 from nanollava.miniature.language import KINDS, ask, describe
 from nanollava.miniature.scenes import random_scene
 
-SMALL = recipe.Recipe(world.WorldSize(80, 12, 60, 40), 2, 2, 2, 2, per_kind=2)
+SMALL = recipe.Recipe(world.WorldSize(80, 12, 60, 40, records=4), 2, 2, 2, 2, per_kind=2)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def miniature(tmp_path_factory) -> Path:
 
 
 def words(miniature: Path, out: Path, *more: object) -> list[str]:
-    told = ["--miniature", miniature, "--out", out, "--seeds", 1, "--steps", 3, "--at-once", 1, *more]
+    told = ["--miniature", miniature, "--out", out, "--seeds", 1, "--steps", 2, "--at-once", 1, *more]
     return [str(word) for word in told]
 
 
@@ -67,7 +67,7 @@ def test_each_variant_changes_one_thing_and_all_do_the_same_number_of_steps(fini
         assert config.projector_type == ("linear" if name == "linear" else "mlp2x_gelu")
         assert (config.language == configs["all"].language) == (name != "half-size")
         assert config.stage == "stage2" and config.max_length == 256
-        assert len((folders[name] / "metrics.jsonl").read_text().splitlines()) == 3
+        assert len((folders[name] / "metrics.jsonl").read_text().splitlines()) == 2
     weights = {(folder / "model.safetensors").read_bytes() for folder in folders.values()}
     assert len(weights) == len(folders)
 
@@ -91,7 +91,7 @@ def test_the_report_has_both_tables_a_line_for_each_variant_and_a_picture(finish
     assert "| guessing |" in text and "blind |" in text and "fewer than three seeds" in text
     results = json.loads((finished / "results.json").read_text())
     assert set(results["runs"]) == set(results["summary"]) == set(VARIANTS)
-    assert results["setting"]["steps"] == 3
+    assert results["setting"]["steps"] == 2
     assert Image.open(finished / "results.png").size[0] > 500
 
 
@@ -132,8 +132,8 @@ def test_interrupted_anywhere_the_same_command_goes_on_to_the_same_end(
     assert runs[0] == {name: runs[1][name] for name in runs[0]} and len(runs[0]) == 2
 
 
-def test_killed_in_the_middle_it_goes_on(miniature, finished, tmp_path, capsys):
-    given = words(miniature, tmp_path / "out", "--only", "conversation")
+def test_killed_in_the_middle_it_goes_on(miniature, tmp_path, capsys):
+    given = words(miniature, tmp_path / "out", "--only", "none")
     process = subprocess.Popen(
         [sys.executable, "-m", "nanollava.evaluate.ablations", *given], stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(train.__file__).parent,
@@ -145,7 +145,8 @@ def test_killed_in_the_middle_it_goes_on(miniature, finished, tmp_path, capsys):
     assert not (tmp_path / "out/results.md").exists()
     assert ablations.main(given) == 0
     assert "python train.py stage1" not in capsys.readouterr().out
-    assert load(tmp_path / "out/seed-0/conversation").config.stage == "stage2"
+    assert load(tmp_path / "out/seed-0/all").config.stage == "stage2"
+    assert not list((tmp_path / "out").rglob("*.saving"))
 
 
 # ---------------------------------------------------------------- the records
