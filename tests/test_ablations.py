@@ -243,10 +243,10 @@ def test_everything_the_teacher_says_is_turned_without_loss_and_comes_down_to_th
 
 
 def test_only_answers_are_turned():
-    turns = [{"from": "human", "value": "<image>\nI say so, so no."}, {"from": "gpt", "value": "I see one, so one."}]
+    turns = [{"from": "human", "value": "I say it, so no."}, {"from": "gpt", "value": "I see one, so one."}]
     record = {"id": "1", "kind": "conversation", "conversations": turns}
     told = [turn["value"] for turn in turned(record)["conversations"]]
-    assert told == ["<image>\nI say so, so no.", "One. I see one."]
+    assert told == ["I say it, so no.", "One. I see one."]
     assert chosen([record], TURNED) == [turned(record)] and turns[1]["value"] == "I see one, so one."
 
 
