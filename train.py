@@ -92,8 +92,6 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add = parser.add_argument
     if stage.name == "stage2":
         add("--model", type=Path, help="result of stage 1 (or any LLaVA folder) to go on from")
-    else:
-        add("--whiten", action="store_true", help="start the projector on whitened features: for small models")
     add("--vision", type=Path, help="CLIP folder")
     add("--language", type=Path, help="Vicuna folder")
     add("--data", type=Path, help="records: a JSON array in the official format")
@@ -103,6 +101,8 @@ def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--val-fraction", type=float, default=0.0, help="or: this share of --data, kept out of training")
     add("--val-every", type=int, default=0, help="steps between validation losses (0: at the end)")
     add("--projector", choices=("linear", "mlp2x_gelu"), help="the paper's (the default), or v1.5's and llava-hf's")
+    add("--whiten", action="store_true", help="start the projector on whitened features: for small models")
+    add("--select-layer", type=int, metavar="N", help="the tower's hidden state that is read, -1 being the last (-2)")
     add("--image-aspect-ratio", choices=("crop", "pad"), help="how pictures become squares (crop)")
     add("--max-length", type=int, help="positions of a row after splicing (2048)")
     add_lora(parser)
@@ -177,7 +177,7 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     datasets = [Dataset(g, args.images, model.config, features) if g else None for g in (groups, val)]
     if args.dry_run:
         return probe_run(args, stage, datasets[0], options)
-    if getattr(args, "whiten", False) and not args.resume:
+    if args.whiten and not args.resume:
         whiten(model.projector, patch_features(model, datasets[0]))
     distributed.let_tell()
     train(model, stage, *datasets, args.out, options, args.resume, device)
@@ -200,8 +200,9 @@ def build_model(args: argparse.Namespace, stage: Stage, device: str) -> Llava:
         part: precision(part, stage, args.optimizer, args.device, bool(args.lora)) for part in ("vision", "language")
     }
     if start := getattr(args, "model", None):
-        if args.projector or args.language:
-            raise Error("--projector and --language belong to a new model: --model has its own; leave them out")
+        if args.projector or args.language or args.whiten or args.select_layer is not None:
+            new = "--projector, --language, --whiten and --select-layer belong to a new model"
+            raise Error(f"{new}: --model has its own; leave them out")
         model = load(start, device, dtypes["language"], vision=args.vision)
         model.config.max_length = args.max_length or model.config.max_length
         model.config.image_aspect_ratio = args.image_aspect_ratio or model.config.image_aspect_ratio
@@ -214,6 +215,7 @@ def build_model(args: argparse.Namespace, stage: Stage, device: str) -> Llava:
         vision.config,
         language.config,
         args.projector or "linear",
+        select_layer=select_layer(args.select_layer, vision.config.num_hidden_layers),
         image_aspect_ratio=args.image_aspect_ratio or "crop",
         max_length=args.max_length or 2048,
     )
@@ -222,6 +224,13 @@ def build_model(args: argparse.Namespace, stage: Stage, device: str) -> Llava:
     projector = make_projector(config.projector_type, vision.config.hidden_size, language.config.hidden_size)
     model.vision, model.projector, model.language = vision, projector.to(device), language
     return model
+
+
+def select_layer(layer: int | None, layers: int) -> int:
+    """Raises Error for a hidden state that a tower of so many blocks does not have."""
+    if layer is not None and layer not in range(-layers - 1, layers + 1):
+        raise Error(f"--select-layer {layer}: the tower has {layers} blocks; give {-layers - 1} to {layers}")
+    return -2 if layer is None else layer
 
 
 def read_data(args: argparse.Namespace, model: Llava, stage: Stage) -> tuple[list[list[Example]], list[list[Example]]]:

@@ -154,11 +154,11 @@ def draw_families(images: list[Annotated], steps: int, families: int) -> Iterato
         yield [f * FAMILY + i for f in chosen for i in range(FAMILY)]
 
 
-def pretrain_language(world: Path, folder: Path, tokenizer: Tokenizer, steps: int):
-    """Train a small chat model on the world's conversations in words; leave it in ``folder``, an official one. A run
-    that was cut goes on from its last checkpoint."""
+def pretrain_language(world: Path, folder: Path, tokenizer: Tokenizer, steps: int, sizes: LlamaConfig | None = None):
+    """Train a small chat model (of other ``sizes`` than the miniature's, if given) on the world's conversations in
+    words; leave it in ``folder``, an official one. A run that was cut goes on from its last checkpoint."""
     torch.manual_seed(0)
-    config = LlavaConfig(VISION, language_config(tokenizer), max_length=256)
+    config = LlavaConfig(VISION, sizes or language_config(tokenizer), max_length=256)
     model = Llava(config, tokenizer)
     initialise(model.language)
     records = read_list(world / "text.json")

@@ -48,6 +48,11 @@ RECIPES = {  # demo: make demo; full: the bundled weights; smoke: the tests, a m
     "full": Recipe(world.WorldSize(43_200), clip_steps=1200, language_steps=2000, stage1_steps=250, stage2_steps=10000),
     "smoke": Recipe(world.WorldSize(80, 12, 60, 40), 4, 4, 3, 4, per_kind=12),
 }
+# Settings of the stages, the ablations' too. Muon in place of the paper's AdamW, and one copy of an image for all its
+# questions: looking things up is learnt only after tens of thousands of questions
+NEW_MODEL = ("--whiten", "--max-length", 256)
+STAGE1 = ("--batch-size", 64, "--log-every", 50)
+STAGE2 = ("--share-images", "--batch-size", 8, "--optimizer", "muon", "--lr", "2e-3", "--log-every", 50)
 SAMPLE = Scene(
     (Thing(0, "large", "yellow", "star"), Thing(1, "small", "red", "heart"), Thing(3, "large", "blue", "circle"))
 )
@@ -73,20 +78,17 @@ def run_miniature(out: Path, recipe: Recipe, command: Command, bundle: Path | No
             pretrain.train_tokenizer(drawn, out / "tokenizer")
             (drawn / "done").touch()
     pretrain_parts(drawn, clip, vicuna, recipe, clock)
-    shared = ["--images", drawn / "images", "--log-every", 50]
+    images = ["--images", drawn / "images"]
     with clock.step("stage 1", "Stage 1, feature alignment: the projector learns to caption"):
         run_stage(command, stage1, [
-            "stage1", "--vision", clip, "--language", vicuna, "--projector", "mlp2x_gelu", "--whiten",
-            "--max-length", 256, "--data", drawn / "captions.json", "--batch-size", 64,
-            "--steps", recipe.stage1_steps, *shared,
+            "stage1", "--vision", clip, "--language", vicuna, "--projector", "mlp2x_gelu", *NEW_MODEL,
+            "--data", drawn / "captions.json", "--steps", recipe.stage1_steps, *STAGE1, *images,
         ])  # fmt: skip
-    # Muon in place of the paper's AdamW, and one copy of an image for all its questions: looking things up is learnt
-    # only after tens of thousands of questions
     with clock.step("stage 2", "Stage 2, visual instruction tuning: projector and language model learn to converse"):
         run_stage(command, stage2, [
             "stage2", "--model", stage1, "--data", drawn / "instruct.json", "--val", drawn / "instruct_val.json",
-            "--share-images", "--batch-size", 8, "--steps", recipe.stage2_steps, "--val-every", 500,
-            "--optimizer", "muon", "--lr", "2e-3", "--parallel", min(4, torch.get_num_threads()), *shared,
+            "--steps", recipe.stage2_steps, "--val-every", 500, *STAGE2,
+            "--parallel", min(4, torch.get_num_threads()), *images,
         ])  # fmt: skip
     clock.seconds.pop("evaluation", None)  # it is always done anew
     with clock.step("evaluation", "Evaluation: answers generated about scenes never seen"):
