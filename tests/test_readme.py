@@ -36,7 +36,9 @@ def test_every_training_command_is_understood(line):
 
 def test_every_flag_that_is_named_exists():
     sources = [ROOT / "train.py", ROOT / "chat.py", *(ROOT / "nanollava").rglob("*.py")]
-    known = {flag for file in sources for flag in re.findall(r'"(--[a-z][a-z0-9-]+)"', file.read_text(encoding="utf-8"))}
+    known = {
+        flag for file in sources for flag in re.findall(r'"(--[a-z][a-z0-9-]+)"', file.read_text(encoding="utf-8"))
+    }
     known |= {"--local-dir", "--nproc-per-node"}  # of hf and torchrun
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README))
     assert named and named <= known
