@@ -33,13 +33,15 @@ from nanollava.train.probe import largest, probe
 from nanollava.train.records import LOSSES, LOST, Example, Report, group_by_image, hold_out, read_records
 from nanollava.train.resume import check_out, progress
 from nanollava.train.stages import STAGES, Stage, precision
-from nanollava.weights import check_device
+from nanollava.weights import check_device, own
 
 
 def main(argv: list[str] | None = None) -> int:
-    distributed.hush()
     try:
+        distributed.hush()
         args = make_parser().parse_args(argv)
+    except Error as error:
+        return say(error)
     except SystemExit:
         distributed.may_tell()  # or torchrun ends the first process before it has told
         raise
@@ -48,19 +50,25 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args)
     except (KeyboardInterrupt, BrokenPipeError) as error:
         distributed.hush()
-        saved = args.command != "miniature" and not args.dry_run and progress(args.out) == "begun"
-        again = "the same command and --resume" if saved else "the same command"
-        print(f"\ninterrupted: go on with {again}", file=sys.stderr)
+        print(f"\ninterrupted: go on with {again(args)}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 130
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         return 1
     except Exception as error:
-        if out_of_memory(error) and args.command != "miniature":
+        if lost := distributed.lost_partner(error):
+            error = Error(f"another process of this run ended, or cannot be reached; go on with {again(args)}")
+        if out_of_memory(error) and args.command != "miniature" and not args.dry_run:
             tells = "the same command with --dry-run tells what the run takes, and what would save how much"
             error = Error(f"out of memory outside of a step: {tells}")
-        return say(error) if distributed.may_tell() else 2
+        return say(error) if distributed.may_tell(lost) else 2
     return 0
+
+
+def again(args: argparse.Namespace) -> str:
+    """What goes on with a run that was broken off."""
+    saved = args.command != "miniature" and not args.dry_run and progress(args.out) == "begun"
+    return "the same command and --resume" if saved else "the same command"
 
 
 def run(argv: list[str]) -> None:
@@ -206,7 +214,7 @@ def build_model(args: argparse.Namespace, stage: Stage, device: str) -> Llava:
         model = load(start, device, dtypes["language"], vision=args.vision)
         model.config.max_length = args.max_length or model.config.max_length
         model.config.image_aspect_ratio = args.image_aspect_ratio or model.config.image_aspect_ratio
-        return model
+        return own(model)
     if not args.vision or not args.language:
         raise Error("give --vision and --language folders" + (", or --model" if hasattr(args, "model") else ""))
     vision = load_vision(args.vision, device, dtypes["vision"])
@@ -223,7 +231,7 @@ def build_model(args: argparse.Namespace, stage: Stage, device: str) -> Llava:
         model = Llava(config, load_tokenizer(last_good(args.language)))
     projector = make_projector(config.projector_type, vision.config.hidden_size, language.config.hidden_size)
     model.vision, model.projector, model.language = vision, projector.to(device), language
-    return model
+    return own(model)
 
 
 def select_layer(layer: int | None, layers: int) -> int:

@@ -30,7 +30,7 @@ def one_line(error: Exception) -> str | None:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether a device or the machine has no more memory to give: CUDA, MPS, a CPU and cuBLAS each say it their way."""
-    said = ("out of memory", "not enough memory", "ALLOC_FAILED")
+    said = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
     known = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
     return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in said))
 

@@ -170,7 +170,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     Raises Error where the disk is full or refuses, and where `path` holds something that is no checkpoint.
     """
     path = Path(path).resolve()
-    new, old = _siblings(path)
+    new, old = siblings(path)
     check_replaceable(path)
     try:
         _repair(path)
@@ -197,7 +197,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def last_good(path: str | Path) -> Path:
     """Where the folder that `atomic_folder(path)` last completed is: nearly always `path` itself. Changes nothing."""
-    new, old = _siblings(Path(path).resolve())
+    new, old = siblings(Path(path).resolve())
     if Path(path).exists() or not old.exists():
         return Path(path)
     return new if new.exists() else old
@@ -209,7 +209,7 @@ def check_writable(path: Path) -> None:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=parent).close()
-        _siblings(path.resolve())[1].exists()  # fails where the longest name that saving uses is too long
+        siblings(path.resolve())[1].exists()  # fails where the longest name that saving uses is too long
         is_file = path.exists() and not path.is_dir()
         is_fixed = os.path.ismount(path) or Path.cwd().is_relative_to(path.resolve())
     except (OSError, ValueError) as error:
@@ -221,7 +221,7 @@ def check_writable(path: Path) -> None:
         raise Error(f"{path}: {problem}; choose a folder inside it")
 
 
-def _siblings(path: Path) -> tuple[Path, Path]:
+def siblings(path: Path) -> tuple[Path, Path]:
     """What a folder is called while it is written, and while it is being replaced."""
     if not path.name:
         raise Error(f"{path}: is the root of the disk; choose a folder below it")
@@ -230,7 +230,7 @@ def _siblings(path: Path) -> tuple[Path, Path]:
 
 def _repair(path: Path) -> None:
     """Finish or undo what an interrupted save left: a missing folder gets its place back, leftovers go."""
-    new, old = _siblings(path)
+    new, old = siblings(path)
     if not path.exists() and old.exists():  # stopped between the renames: the new one was already whole
         last_good(path).rename(path)
     for leftover in (new, old):

@@ -112,6 +112,15 @@ def _read(folder: Path, names: dict[str, str], device: Device, dtype: torch.dtyp
     return tensors
 
 
+def own(module: nn.Module) -> nn.Module:
+    """The module with copies of what may stand in mapped pages: who writes to a file changes them, and who cuts it ends
+    the process that reads them, even those that it has written to."""
+    for p in module.parameters():
+        if p.device.type == "cpu":
+            p.data = p.data.clone()
+    return module
+
+
 def finite(tensor: Tensor) -> bool:
     """Whether there is no NaN and no infinity in it: both show in the extremes. Tensor.isfinite takes about ten times
     as long for bfloat16 on a CPU, and memory."""

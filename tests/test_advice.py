@@ -26,6 +26,10 @@ FULL = {
     "cpu": lambda: RuntimeError(
         "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: not enough memory: you tried"
     ),
+    "linux": lambda: RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+        "allocate 1073741824 bytes. Error code 12 (Cannot allocate memory)"
+    ),
     "cublas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "python": MemoryError,
 }
@@ -125,6 +129,19 @@ def test_outside_of_a_step_the_dry_run_is_named(trainer, talks, tmp_path, monkey
 
     monkeypatch.setattr(checkpoint, "fill", full)
     assert "--dry-run tells what" in line_of(capsys, trainer.stage(2, talks, tmp_path / "out", *WORDS))
+
+
+def test_a_dry_run_that_does_not_fit_is_not_sent_to_the_dry_run(trainer, talks, tmp_path, monkeypatch, capsys):
+    fails_at(monkeypatch, 1, FULL["linux"]())
+    line = line_of(capsys, trainer.stage(2, talks, tmp_path / "out", *WORDS, "--dry-run"))
+    assert "step 1 does not fit into memory" in line and "--rows-at-once 1 saves" in line and "--dry-run" not in line
+
+    def full(*_, **__):
+        raise FULL["linux"]()
+
+    monkeypatch.setattr(checkpoint, "fill", full)
+    line = line_of(capsys, trainer.stage(2, talks, tmp_path / "out", *WORDS, "--dry-run"))
+    assert "out of memory" in line and "--dry-run" not in line
 
 
 def test_a_mistake_of_ours_is_no_lack_of_memory(trainer, talks, tmp_path, monkeypatch):

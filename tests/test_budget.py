@@ -198,8 +198,19 @@ def test_with_data_ten_steps_are_made_and_nothing_is_saved(trainer, talks, tmp_p
         pattern = r"of 10 steps: ([\d.]+) s a step, so 7,200 steps take about ([\d.]+) hours"
         seconds, hours = re.search(pattern, out).groups()
         assert float(hours) == pytest.approx(2 * float(seconds), abs=0.02)
-        assert re.search(r"peak of memory: [\d.]+ GB measured, [\d.]+ GB estimated", out)
+        small = "libraries decide in so small a run"
+        assert re.search(rf"peak of memory: [\d.]+ GB measured, [\d.]+ GB estimated; {small}\n", out)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_that_reads_no_picture_has_no_hours(trainer, tmp_path, capsys):
+    (tmp_path / "half.png").write_bytes((trainer.images / "a.png").read_bytes()[:900])
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A star."}]
+    (tmp_path / "data.json").write_text(json.dumps([{"id": "x", "image": "half.png", "conversations": turns}]))
+    words = ("--steps", 3, "--batch-size", 1, "--dry-run", "--images", tmp_path)
+    assert trainer.stage(2, tmp_path / "data.json", tmp_path / "out", *words) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1].startswith("error: nothing was learnt") and "hours" not in printed.out
 
 
 def test_bad_input_of_a_dry_run_is_one_line(trainer, talks, tmp_path, capsys):

@@ -62,6 +62,18 @@ MISTAKES = {
     "a mistake": ('Error("this one has had enough")', "this one has had enough"),
     "memory": ("torch.OutOfMemoryError()", "step 1 does not fit into memory, with 1 row of 128 positions at once: "),
 }
+DIES = """
+import os, sys, torch
+import train
+from nanollava.train import distributed, loop
+update = loop.Run.update
+def dies(self, batches):
+    if self.step == 3 and distributed.rank() == DYING:
+        os.kill(os.getpid(), 9)
+    return update(self, batches)
+loop.Run.update = dies
+sys.exit(train.main(sys.argv[1:]))
+"""
 MIXED = """
 import sys, torch
 import train
@@ -316,6 +328,23 @@ def test_a_mistake_of_one_ends_all_and_is_one_line(kind, command, tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(errors) == 1 and errors[0].startswith(f"error: {MISTAKES[kind][1]}")
     assert done.stderr.count("Traceback") == 1
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_process_that_is_killed_ends_all_with_one_line(dying, command, tmp_path):
+    (tmp_path / "dies.py").write_text(DIES.replace("DYING", str(dying)))
+    slowly = ("--monitor-interval", 3)  # torchrun looks so seldom whether one has ended: who lives has time to tell
+    done = launch(*slowly, tmp_path / "dies.py", *command(RESUMED, f"{dying} is killed"))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and done.stderr.count("Traceback") == 1, done.stderr
+    assert len(errors) == 1 and "another process of this run ended" in errors[0] and "--resume" in errors[0]
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+def test_an_environment_without_numbers_is_one_line(name, one_of_two, capsys):
+    one_of_two.setenv(name, "abc")
+    assert train.main(["stage2"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {name} is abc")
 
 
 def test_a_frozen_base_in_bfloat16_is_shared_beside_float32_adapters(place, command, tmp_path):

@@ -218,6 +218,15 @@ def test_a_folder_that_cannot_be_is_one_line(trainer, data, tmp_path, capsys):
     assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("inside", [(), ("kept",)], ids=str)
+def test_a_folder_that_saving_replaces_is_refused_before_anything_is_made(inside, trainer, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    kept = (tmp_path / ".." / tmp_path.name / "out").joinpath(*inside)
+    assert trainer.stage(2, data, out, *RUN, "--cache-features", kept) == 2
+    assert "choose a folder outside" in capsys.readouterr().err and os.listdir(tmp_path) == []
+    assert trainer.stage(2, data, out, *RUN, "--cache-features", tmp_path / "out.kept") == 0
+
+
 # ---------------------------------------------------------------- one picture
 
 
@@ -259,6 +268,27 @@ def test_pictures_of_one_name_in_two_folders_are_two(picture, tmp_path, monkeypa
     assert not torch.equal(kept.get(twin, lambda: torch.zeros(3, 16, 16)), one)
     monkeypatch.chdir(tmp_path)
     assert torch.equal(kept.get(Path(picture.name), never), one)  # however it is named
+
+
+@pytest.mark.parametrize("kind", ["read-only", "the tower's folder is a file", "a folder in it is a file"])
+def test_what_cannot_be_written_or_removed_is_one_line_and_no_end(kind, picture, tmp_path, monkeypatch, capsys):
+    kept, _ = cache(tmp_path / "kept")
+    file = kept.folder if "tower" in kind else kept.entry(picture).parent
+    if kind == "read-only":
+
+        def refuse(*_, **__):
+            raise OSError(30, "Read-only file system")
+
+        for method in ("mkdir", "write_bytes", "unlink"):
+            monkeypatch.setattr(Path, method, refuse)
+    else:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    capsys.readouterr()
+    found = [kept.get(picture, lambda: torch.ones(3, 16, 16)) for _ in range(2)]
+    assert torch.equal(*found)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be written" in line and "training goes on" in line
 
 
 DAMAGE = {

@@ -177,6 +177,27 @@ def test_a_disk_that_runs_full_loses_none_of_those_kept(
     assert same(out, undisturbed) and kept(out) == ["step-000006", "step-000008"]
 
 
+def test_only_folders_that_a_run_kept_are_counted_and_go(tmp_path):
+    """What a user puts there is neither deleted nor takes the place of a checkpoint."""
+    out, new = tmp_path / "out", tmp_path / "new"
+    mine = {"step-3ok", "step-000003-best", "step-4", "step-00001", "step-4.txt", "step-000002"}
+    for name in (*mine - {"step-4.txt", "step-000002"}, "step-000003", "step-000004"):
+        (out / "checkpoints" / name).mkdir(parents=True)
+    for name in ("step-4.txt", "step-000002"):
+        (out / "checkpoints" / name).write_text("notes")
+    new.mkdir()
+    keep_older(out, new, 5, 2)
+    assert set(kept(new)) == mine | {"step-000004", "step-000005"}
+
+
+def test_a_file_called_checkpoints_is_not_lost(trainer, data, undisturbed, tmp_path, monkeypatch, capsys):
+    out = begun(trainer, data, tmp_path / "out", monkeypatch)
+    (out / "checkpoints").write_text("mine")
+    assert trainer.stage(2, data, out, *RUN, "--save-every", 2, "--keep", 3, "--resume") == 0
+    assert f"{out / 'checkpoints'}: no folder" in capsys.readouterr().out
+    assert (out / "checkpoints").read_text() == "mine" and same(out, undisturbed)
+
+
 # ---------------------------------------------------------------- kills
 
 
@@ -220,6 +241,12 @@ def test_two_runs_to_one_folder_are_one_too_many(trainer, data, tmp_path, capsys
             pass
     assert trainer.stage(2, data, out, *RUN) == 0
     assert os.listdir(tmp_path / "deep") == ["out"]
+
+
+@pytest.mark.parametrize("more", [(), ("--resume",)], ids=str)
+def test_the_root_of_the_disk_is_no_out(more, trainer, data, capsys):
+    assert trainer.stage(2, data, Path("/"), *RUN, *more) == 2
+    assert capsys.readouterr().err == "error: /: is the root of the disk; choose a folder below it\n"
 
 
 def test_the_lock_of_a_killed_run_holds_nobody_back(tmp_path):

@@ -404,11 +404,48 @@ def test_what_the_system_refuses_is_one_line(trainer, talks, aligned, tmp_path, 
     refused(capsys, trainer.stage(2, talks, tmp_path / "out", "--model", aligned), "/full/disk", "No space left")
 
 
-@pytest.mark.parametrize("damage", [None, b"", b"{", b"\xff\xfe"], ids=["missing", "empty line", "cut", "no text"])
-def test_damaged_metrics_are_one_line(damage, trainer, talks, aligned, cut, capsys):
+LOGS = {
+    "empty": lambda lines: [],
+    "an empty line": lambda lines: [b""],
+    "cut": lambda lines: [*lines[:2], lines[2][:9]],
+    "no text": lambda lines: [b"\xff\xfe", *lines[1:]],
+    "too few": lambda lines: lines[:2],
+    "one missing": lambda lines: [lines[0], lines[2]],
+    "too many": lambda lines: [b'{"step": 0}', *lines, b'{"step": 4}'],
+    "no objects": lambda lines: [b"1", b"null", b"[]"],
+    "a list": lambda lines: [*lines[:2], b"[3]"],
+    "no step": lambda lines: [b"{}"] * 3,
+}
+
+
+@pytest.mark.parametrize("damage", LOGS.values(), ids=LOGS)
+def test_damaged_metrics_are_one_line_and_cost_no_checkpoint(damage, trainer, talks, aligned, undisturbed, cut, capsys):
     file = cut / "metrics.jsonl"
-    file.unlink() if damage is None else file.write_bytes(damage + b"\n")
-    refused(capsys, trainer.stage(2, talks, cut, "--model", aligned, *STAGE_2, "--resume"), str(cut), "damaged")
+    file.write_bytes(b"".join(line + b"\n" for line in damage(file.read_bytes().splitlines())))
+    again = (2, talks, cut, "--model", aligned, *STAGE_2, "--resume")
+    refused(capsys, trainer.stage(*again), f"{file}: not a line for every step up to 3; delete it")
+    file.unlink()
+    assert trainer.stage(*again) == 0
+    assert metrics(cut, *SAME) == metrics(undisturbed, *SAME)[3:]
+
+
+def test_a_run_without_the_begin_of_its_log_is_resumed_once_more(
+    trainer, talks, aligned, cut, undisturbed, monkeypatch
+):
+    (cut / "metrics.jsonl").unlink()
+    report, again = loop.Run.report, (2, talks, cut, "--model", aligned, *STAGE_2, "--resume")
+
+    def interrupted(self, *rest):
+        if self.step == 8:
+            raise KeyboardInterrupt
+        report(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "report", interrupted)
+        assert trainer.stage(*again) == 130
+    assert metrics(cut, *SAME) == metrics(undisturbed, *SAME)[3:6]
+    assert trainer.stage(*again) == 0
+    assert metrics(cut, *SAME) == metrics(undisturbed, *SAME)[3:]
 
 
 @pytest.mark.parametrize("state", [[], {}, {"optimizers": []}, {"step": 9}, {"step": "x"}], ids=str)
@@ -520,6 +557,8 @@ def test_a_run_is_not_resumed_with_other_settings(words, trainer, talks, aligned
     name = words[0][2:].replace("-", "_")
     assert ("data was" if name == "share_images" else f"{name} was") in line.replace("different data: ", "data was ")
     assert "give the same" in line and "or another --out" in line
+    if name in ("share_images", "max_length", "image_aspect_ratio"):
+        assert words[0] in line.partition("give the same")[2]
     assert (cut / "training.pt").read_bytes() == before
 
 
@@ -570,7 +609,74 @@ def test_damaged_training_state_is_one_line(content, trainer, talks, aligned, cu
     whole = (cut / "training.pt").read_bytes()
     (cut / "training.pt").write_bytes(whole[: len(whole) // 2] if content is None else content)
     status = trainer.stage(2, talks, cut, "--model", aligned, *STAGE_2, "--resume")
-    assert "damaged" in refused(capsys, status, "training.pt")
+    line = refused(capsys, status, "training.pt")
+    assert "damaged" in line and "start again" in line
+    assert "weights_only" not in line and "checkpoints" not in line  # no advice of torch's; nothing older was kept
+
+
+def test_a_changed_byte_in_the_training_state_is_found(trainer, talks, aligned, cut, capsys):
+    """In the numbers, not in what is told of them: torch.load reads it without a word."""
+    content = bytearray((cut / "training.pt").read_bytes())
+    moment = torch.load(cut / "training.pt")["optimizers"][0]["state"][0].values()
+    place = content.find(next(x for x in moment if x.numel() > 9).numpy().tobytes()) + 5
+    content[place] ^= 1
+    (cut / "training.pt").write_bytes(content)
+    torch.load(cut / "training.pt", weights_only=True)
+    refused(capsys, trainer.stage(2, talks, cut, "--model", aligned, *STAGE_2, "--resume"), "training.pt: damaged")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.pt"])
+def test_where_the_newest_checkpoint_is_damaged_an_older_one_is_named(
+    name, trainer, talks, aligned, undisturbed, tmp_path, monkeypatch, capsys
+):
+    report, out = loop.Run.report, tmp_path / "out"
+
+    def interrupted(self, *rest):
+        if self.step == 8:
+            raise KeyboardInterrupt
+        report(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "report", interrupted)
+        assert trainer.stage(2, talks, out, "--model", aligned, *STAGE_2, "--keep", 2) == 130
+    (out / name).write_bytes((out / name).read_bytes()[:-9])
+    line = refused(capsys, trainer.stage(2, talks, out, "--model", aligned, *STAGE_2, "--resume"), name)
+    older = out / "checkpoints" / "step-000003"
+    assert f"copy {older} and give the copy as --out" in line and "download" not in line
+    shutil.copytree(older, tmp_path / "copy")
+    assert trainer.stage(2, talks, tmp_path / "copy", "--model", aligned, *STAGE_2, "--resume") == 0
+    assert same_result(tmp_path / "copy", undisturbed)
+
+
+# ---------------------------------------------------------------- the files that it began with
+
+WRITES = """
+import sys
+import train
+from nanollava.train import loop
+file, content, update = sys.argv[1], sys.argv[2], loop.Run.update
+def writes(self, batches):
+    if self.step == 1:
+        with open(file, "wb" if content == "nothing" else "r+b") as model:
+            model.write(b"" if content == "nothing" else bytes(int(content)))
+    return update(self, batches)
+loop.Run.update = writes
+sys.exit(train.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize("content", ["nothing", "zeros"])
+def test_a_run_neither_changes_nor_dies_with_the_file_that_it_began_with(
+    content, trainer, talks, aligned, undisturbed, tmp_path
+):
+    shutil.copytree(aligned, tmp_path / "start")
+    file, out = tmp_path / "start" / "model.safetensors", tmp_path / "out"
+    start = ("--data", talks, "--images", trainer.images, "--out", out, "--model", file.parent, "--device", "cpu")
+    what = "nothing" if content == "nothing" else file.stat().st_size
+    words = [str(word) for word in (file, what, "stage2", *start, *STAGE_2)]
+    done = subprocess.run([sys.executable, "-c", WRITES, *words], cwd=Path(__file__).parents[1], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert not any(file.read_bytes()) and same_result(out, undisturbed)
 
 
 # ---------------------------------------------------------------- bad records
@@ -681,9 +787,9 @@ def test_when_nothing_can_be_printed_any_more_the_run_is_saved(error, trainer, t
     report = loop.Run.report
 
     def gone(self, entry, last):
+        report(self, entry, last)
         if entry["step"] == 2:
             raise error
-        report(self, entry, last)
 
     words = ("--model", aligned, "--steps", 4, "--batch-size", 2)
     with monkeypatch.context() as patch:
@@ -865,6 +971,7 @@ WRONG = [
     ("--max-length", 2**24 + 1),
     ("--epochs", 2**24 + 1),
     ("--lr", 5000),
+    ("--weight-decay", 5000),
     ("--parallel", 0),
 ]
 

@@ -19,6 +19,7 @@ Weights, gradients and states travel by nccl on CUDA and by gloo on a CPU, the f
 
 import atexit
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -49,12 +50,21 @@ NO_ROWS = Batch(
 
 def processes() -> int:
     """How many train together."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return told("WORLD_SIZE", 1)
 
 
 def rank() -> int:
     """The number of this process among them; 0 prints, and writes the folder."""
-    return int(os.environ.get("RANK", 0)) if processes() > 1 else 0
+    return told("RANK", 0) if processes() > 1 else 0
+
+
+def told(name: str, default: int) -> int:
+    """A number that torchrun leaves in the environment. Raises Error for something else."""
+    value = os.environ.get(name, default)
+    try:
+        return int(value)
+    except ValueError as error:
+        raise Error(f"{name} is {value} in the environment, but torchrun sets it to a number; unset it") from error
 
 
 # ---------------------------------------------------------------- beginning and end
@@ -83,7 +93,7 @@ def join(asked: str) -> str:
             f"--device {asked}: several processes train on cuda or on cpu; choose one, or start without torchrun"
         )
     if kind == "cuda" and torch.cuda.is_available():
-        local, found = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
+        local, found = told("LOCAL_RANK", rank()), torch.cuda.device_count()
         if local >= found:
             raise Error(f"{local + 1} processes or more on a machine of {found} GPUs: say --nproc-per-node {found}")
         asked, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
@@ -114,18 +124,27 @@ def end_at_once() -> None:
     os._exit(0)
 
 
-def may_tell() -> bool:
-    """Whether it is for this process to tell of its mistake: one of all, the first one if it met the same."""
+def may_tell(lost: bool = False) -> bool:
+    """Whether it is for this process to tell of its mistake: one of all, the first one if it met the same; or that
+    another one was ``lost`` which told nothing."""
     if processes() == 1:
         return True
-    if rank():
+    if lost:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun is about to end this one too
+    elif rank():
         time.sleep(GRACE)  # torchrun ends the others as soon as one has ended
-        let_tell()
+    let_tell()
     try:
         store, _, _ = next(dist.rendezvous("env://", rank(), processes(), timeout=timedelta(seconds=GRACE)))
         return store.add("mistakes", 1) == 1
     except (ValueError, RuntimeError):  # nobody left to ask
         return True
+
+
+def lost_partner(error: Exception) -> bool:
+    """Whether another process ended in the middle of what all do together: gloo and nccl say it their way."""
+    said = ("by peer", "Broken pipe", "remote process exit")
+    return processes() > 1 and isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 # ---------------------------------------------------------------- a step

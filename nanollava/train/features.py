@@ -13,6 +13,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -90,7 +91,7 @@ class FeatureCache:
         """None where there is nothing to read, or, with a line on stderr, where it is damaged."""
         try:
             content = bytearray(entry.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError:
             content = bytearray()
@@ -111,7 +112,8 @@ class FeatureCache:
             draft.write_bytes(content + checksum(content))
             draft.replace(entry)
         except OSError as error:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink()
             with self.lock:
                 if self.writing:
                     why = f"cannot be written ({error.strerror}): training goes on, keeping no more features"

@@ -2,12 +2,13 @@
 last one."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from nanollava.error import Error
-from nanollava.folder import OWN, link
+from nanollava.folder import OWN, link, siblings
 from nanollava.train.distributed import rank
 
 try:
@@ -22,7 +23,7 @@ BUSY = -1
 def alone(out: Path) -> Iterator[None]:
     """Raises Error where another run writes to ``out``. The system forgets the lock on `.NAME.lock` with its process,
     however that ends; where there are no such locks (Windows, some disks of a network) nothing is checked."""
-    file = out.resolve().with_name(f".{out.resolve().name}.lock")
+    file = siblings(out.resolve())[0].with_suffix(".lock")
     handle = None if fcntl is None or rank() else locked(file)
     if handle == BUSY:
         raise Error(f"{out}: another run is writing to it; wait for its end, or choose another --out")
@@ -59,7 +60,10 @@ def keep_older(out: Path, new: Path, step: int, count: int) -> None:
     if count == 0 or not out.is_dir():
         return  # what was kept by an earlier run stays as it is, like all that others put there
     before, kept, name = out / "checkpoints", new / "checkpoints", f"step-{step:06}"
-    older = sorted({folder.name for folder in before.glob("step-[0-9]*")} - {name}, key=lambda x: (len(x), x))
+    if os.path.lexists(before) and not before.is_dir():
+        return print(f"{before}: no folder, so no older checkpoint is kept; move it away", flush=True)
+    steps = {item.name for item in before.glob("*") if re.fullmatch(r"step-\d{6,}", item.name) and item.is_dir()}
+    older = sorted(steps - {name}, key=lambda x: (len(x), x))
     surplus = {name, *older[: max(0, len(older) - count + 1)]}
     link_all((item for item in before.glob("*") if item.name not in surplus), kept)
     own = (file for file in out.iterdir() if any(map(file.match, OWN)) or (new / file.name).exists())

@@ -1,8 +1,5 @@
 """One training loop for both stages and the miniature's language model: draw groups, pack, add up the loss of a step,
-update, report, save.
-
-resume.py keeps the run's folder.
-"""
+update, report, save; resume.py keeps the run's folder."""
 
 import math
 import time
@@ -126,14 +123,16 @@ class Run:
         self.prepare()
         with share_cores(self.parallel) as self.pool, deferred_interrupt() as interrupted:
             self.loop(interrupted)
-            if not self.targets:
-                what = "no record that could be read has an answer within --max-length; see above"
-                raise Error(f"nothing was learnt: {what}")
+            self.check_learnt()
             save(self, final=True)
         for data in filter(None, (self.data, self.val)):
             data.broken = union(data.broken)
             if damage := data.damage():
                 print(damage, flush=True)
+
+    def check_learnt(self) -> None:
+        if not self.targets:
+            raise Error("nothing was learnt: no record that could be read has an answer within --max-length; see above")
 
     def prepare(self) -> None:
         """Keep freed memory, compile, recompute: not before --resume has brought its weights."""

@@ -10,7 +10,7 @@ No random state is saved, for there is none: whatever is drawn in step t is a fu
 """
 
 import json
-import pickle
+import zipfile
 import zlib
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanollava.checkpoint import load, write
-from nanollava.error import Error, first_line
+from nanollava.error import Error, first_line, out_of_memory
 from nanollava.folder import atomic_folder, check_writable, last_good, read_json
 from nanollava.llava import Llava
 from nanollava.train import lora
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 GIVEN = {  # by the user: what each part of the fingerprint comes from
     "stage": "stage",
-    "config": "model",
-    "data": "--data",
+    "config": "model, --max-length and --image-aspect-ratio",
+    "data": "--data, --share-images and --val-fraction",
     "images": "--images",
     "options": "options",
     "base": "--model or --language",
@@ -138,28 +138,58 @@ def restore(run: "Run") -> None:
         if state.get(name) != value:
             what = f"different {name}: {differences(state.get(name), value)}"
             raise Error(f"{run.out}: the run there began with {what}; give the same {GIVEN[name]}, or another --out")
-    if run.options.lora:
-        lora.read_trained(run.model, folder)
-    else:
-        weights = load(folder, dtype=torch.float32).state_dict()
-        run.model.load_state_dict({name: share_of(weights[name], x) for name, x in run.model.state_dict().items()})
     try:
+        restore_weights(run.model, folder, bool(run.options.lora))
         for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(share_of_states(saved, optimizer))
         run.step = run.saved = range(run.options.steps)[state["step"]]
-        run.metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Error(f"{folder}: damaged ({first_line(error)}); choose another --out and start again") from error
+    except (Error, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Error(f"{folder}: damaged ({first_line(error).partition('; ')[0]}); {way_out(folder)}") from error
+    run.metrics = read_metrics(folder / "metrics.jsonl", run.step)
     print(f"resuming at step {run.step} of {run.options.steps}", flush=True)
+
+
+def restore_weights(model: Llava, folder: Path, adapted: bool) -> None:
+    if adapted:
+        return lora.read_trained(model, folder)
+    weights = load(folder, dtype=torch.float32).state_dict()
+    model.load_state_dict({name: share_of(weights[name], x) for name, x in model.state_dict().items()})
+
+
+def read_metrics(file: Path, step: int) -> list[dict]:
+    """The entries of the steps up to that one, or, where somebody deleted the file, of those since. Raises Error where
+    it holds something else."""
+    if not file.exists():
+        return []
+    try:
+        entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        found = [entry["step"] for entry in entries]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        found = []
+    if not found or found != list(range(step - len(found) + 1, step + 1)):
+        raise Error(f"{file}: not a line for every step up to {step}; delete it to go on without the log")
+    return entries
+
+
+def way_out(folder: Path) -> str:
+    """What to do where the newest checkpoint of a run is damaged."""
+    older = sorted(folder.glob("checkpoints/step-*[0-9]/training.pt"), key=lambda file: (len(str(file)), file))
+    back = f"copy {older[-1].parent} and give the copy as --out, or " if older else ""
+    return f"{back}choose another --out and start again"
 
 
 def read_state(file: Path) -> dict:
     """What ``save`` left for --resume. Raises Error where it is damaged."""
     try:
+        with zipfile.ZipFile(file) as archive:
+            if damaged := archive.testzip():  # torch.load looks at no checksum
+                raise ValueError(damaged)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=processes() > 1)  # all read the same
         return {"optimizers": [], "step": 0, **state}
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        raise Error(f"{file}: damaged ({first_line(error)}); choose another --out and start again") from error
+    except Exception as error:  # a damaged pickle can fail in any way, and torch's words advise to load it unsafely
+        if out_of_memory(error):
+            raise
+        raise Error(f"{file}: damaged or not to be read ({type(error).__name__}); {way_out(file.parent)}") from error
 
 
 def differences(old: object, new: object) -> str:

@@ -29,7 +29,7 @@ def check_numbers(args: Any) -> None:
         (ABOVE_0, "above 0", lambda x: 0 < x < math.inf),
         (NOT_NEGATIVE, "0 or more", lambda x: 0 <= x < math.inf),
         (("seed",), "0 or more, and below 2^32", lambda x: 0 <= x < 2**32),
-        (("lr", "projector_lr"), "below 1000", lambda x: x < 1000),
+        (("lr", "projector_lr", "weight_decay"), "below 1000", lambda x: x < 1000),
         (("lora", "lora_alpha"), "above 0 and below a million", lambda x: 0 < x < 1e6),
         (SHARES, "at least 0 and below 1", lambda x: 0 <= x < 1),
         (("max_length", "steps", "epochs"), f"at most {LARGEST:,}", lambda x: x <= LARGEST),
@@ -44,6 +44,8 @@ def check_numbers(args: Any) -> None:
             raise Error(f"give --{name}; --dry-run alone does without")
     if args.val and args.val_fraction:
         raise Error("--val and --val-fraction: give one of them, not both")
+    if args.cache_features and args.out and args.cache_features.resolve().is_relative_to(args.out.resolve()):
+        raise Error(f"--cache-features {args.cache_features}: in --out, which saving replaces; choose a folder outside")
     if args.optimizer == "light" and args.parallel > 1:
         raise Error("--optimizer light and --parallel: one updates inside backward, the other behind it; leave one out")
 
