@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo import utils as dynamo
+from torch._inductor.exc import InductorError
 
 from nanollava.attention import Mask
 from nanollava.llama import Llama, LlamaConfig
@@ -107,7 +108,7 @@ def test_compiled_blocks_share_one_compilation_and_give_the_same_gradients(recom
 
 def test_blocks_that_cannot_be_compiled_after_all_are_run_as_before(decoder, monkeypatch, capsys):
     def backend(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise InductorError(OSError(28, "No space left on device"), None)
 
     expected = gradients(decoder)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
+from torch._inductor.exc import InductorError
 
 from nanollava import attention, decoding, generate
 from nanollava.attention import can_compile
@@ -120,10 +122,10 @@ def test_without_a_compiler_it_says_so_once_and_answers_as_before(model, monkeyp
 @pytest.mark.parametrize("name", ["c++", "clang++"])
 def test_a_compiler_that_inductor_does_not_look_for_is_named_to_it(name, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "g++"))
     monkeypatch.setattr(attention.shutil, "which", lambda asked: "/bin/it" if asked == name else None)
     monkeypatch.setattr(attention, "compiles", lambda compiler: True)
-    assert attention.find_cpp_compiler() and torch._inductor.config.cpp.cxx == (None, name)
+    with inductor.patch({"cpp.cxx": (None, "g++")}):
+        assert attention.find_cpp_compiler() and inductor.cpp.cxx == (None, name)
 
 
 def test_a_compiler_that_is_broken_is_not_taken(tmp_path, monkeypatch):
@@ -132,19 +134,19 @@ def test_a_compiler_that_is_broken_is_not_taken(tmp_path, monkeypatch):
     for file, status in ((broken, 1), (working, 0)):
         file.write_text(f"#!/bin/sh\nexit {status}\n")
         file.chmod(0o755)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "g++"))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert attention.find_cpp_compiler() and torch._inductor.config.cpp.cxx == (None, "c++")
-    monkeypatch.setenv("CXX", "g++")
-    assert not attention.find_cpp_compiler()
+    with inductor.patch({"cpp.cxx": (None, "g++")}):
+        assert attention.find_cpp_compiler() and inductor.cpp.cxx == (None, "c++")
+        monkeypatch.setenv("CXX", "g++")
+        assert not attention.find_cpp_compiler()
     broken.write_bytes(b"\0\0")  # no program at all
     assert not attention.compiles(str(broken))
 
 
 def test_a_step_that_cannot_be_compiled_after_all_is_run_as_before(model, monkeypatch, capsys):
     def backend(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise InductorError(OSError(28, "No space left on device"), None)
 
     plain = [answer.ids for answer in generate.generate(model, PROMPTS[:2], torch.ones(1, 3, 16, 16))]
     monkeypatch.setattr(decoding, "can_compile", lambda device_type: True)
