@@ -12,28 +12,31 @@ import sys
 import time
 from pathlib import Path
 
-import torch
+try:
+    import torch
 
-from nanollava.checkpoint import load, load_language, load_vision
-from nanollava.error import Error, forgive_encoding, out_of_memory, say
-from nanollava.folder import last_good
-from nanollava.llava import Llava, LlavaConfig
-from nanollava.miniature.recipe import RECIPES, run_miniature
-from nanollava.projector import make_projector, whiten
-from nanollava.tokenizer import load_tokenizer
-from nanollava.train import distributed, lora, settings
-from nanollava.train.advice import report
-from nanollava.train.budget import How, estimate, full_rows, outline
-from nanollava.train.data import Dataset
-from nanollava.train.features import FeatureCache
-from nanollava.train.keep import alone
-from nanollava.train.loop import Options, train
-from nanollava.train.machine import check_bfloat16, memory_in_use
-from nanollava.train.probe import largest, probe
-from nanollava.train.records import Example, Report, group_by_image, hold_out, read_records
-from nanollava.train.resume import check_out, progress
-from nanollava.train.stages import STAGES, Stage, precision
-from nanollava.weights import check_device
+    from nanollava.checkpoint import load, load_language, load_vision
+    from nanollava.error import Error, forgive_encoding, out_of_memory, say
+    from nanollava.folder import last_good
+    from nanollava.llava import Llava, LlavaConfig
+    from nanollava.miniature.recipe import RECIPES, run_miniature
+    from nanollava.projector import make_projector, whiten
+    from nanollava.tokenizer import load_tokenizer
+    from nanollava.train import distributed, lora, settings
+    from nanollava.train.advice import report
+    from nanollava.train.budget import How, estimate, full_rows, outline
+    from nanollava.train.data import Dataset
+    from nanollava.train.features import FeatureCache
+    from nanollava.train.keep import alone
+    from nanollava.train.loop import Options, train
+    from nanollava.train.machine import check_bfloat16, memory_in_use
+    from nanollava.train.probe import largest, probe
+    from nanollava.train.records import Example, Report, group_by_image, hold_out, read_records
+    from nanollava.train.resume import check_out, progress
+    from nanollava.train.stages import STAGES, Stage, precision
+    from nanollava.weights import check_device
+except KeyboardInterrupt:  # to import PyTorch takes seconds
+    sys.exit(130)
 
 
 def main(argv: list[str] | None = None) -> int:
