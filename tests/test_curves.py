@@ -113,7 +113,7 @@ def test_finished_runs_become_a_table_and_a_picture(miniature, tmp_path, no_trai
 
 
 WRONG = {
-    "empty": "", "half": metrics(40)[:-9], "number": metrics(38) + "1\n", "no step": metrics(38) + '{"val_loss": 0.5}\n',
+    "empty": "", "half": metrics(40)[:-9], "one": metrics(38) + "1\n", "no step": metrics(38) + '{"val_loss": 0.5}\n',
     "null": metrics(40, "null"), "NaN": metrics(40, "NaN"), "zero": metrics(40, "0.0"), "text": metrics(40, '"a"'),
     "list": "[]\n", "nested": "[" * 9000, "no text": "\0", "shorter": metrics(38), "longer": metrics(42),
 }  # fmt: skip
