@@ -7,33 +7,37 @@ The training commands:
 """
 
 import argparse
+import functools
 import os
 import sys
 import time
 from pathlib import Path
 
-import torch
+try:
+    import torch
 
-from nanollava.checkpoint import load, load_language, load_vision
-from nanollava.error import Error, forgive_encoding, out_of_memory, say, some
-from nanollava.folder import last_good
-from nanollava.llava import Llava, LlavaConfig
-from nanollava.miniature.recipe import RECIPES, run_miniature
-from nanollava.projector import make_projector, whiten
-from nanollava.tokenizer import load_tokenizer
-from nanollava.train import distributed, lora, settings
-from nanollava.train.advice import report
-from nanollava.train.budget import How, estimate, full_rows, outline
-from nanollava.train.data import Dataset
-from nanollava.train.features import FeatureCache
-from nanollava.train.keep import alone
-from nanollava.train.loop import Options, train
-from nanollava.train.machine import check_bfloat16, memory_in_use
-from nanollava.train.probe import largest, probe
-from nanollava.train.records import LOSSES, LOST, Example, Report, group_by_image, hold_out, read_records
-from nanollava.train.resume import check_out, progress
-from nanollava.train.stages import STAGES, Stage, precision
-from nanollava.weights import check_device, own
+    from nanollava.checkpoint import load, load_language, load_vision
+    from nanollava.error import Error, forgive_encoding, out_of_memory, say, some
+    from nanollava.folder import last_good
+    from nanollava.llava import Llava, LlavaConfig
+    from nanollava.miniature.recipe import RECIPES, run_miniature
+    from nanollava.projector import make_projector, whiten
+    from nanollava.tokenizer import load_tokenizer
+    from nanollava.train import distributed, settings
+    from nanollava.train.advice import report
+    from nanollava.train.budget import How, estimate, full_rows, outline
+    from nanollava.train.data import Dataset
+    from nanollava.train.features import FeatureCache
+    from nanollava.train.keep import alone
+    from nanollava.train.loop import Options, train
+    from nanollava.train.machine import check_bfloat16, memory_in_use
+    from nanollava.train.probe import largest, probe
+    from nanollava.train.records import LOSSES, LOST, Example, Report, group_by_image, hold_out, read_records
+    from nanollava.train.resume import check_out, progress
+    from nanollava.train.stages import STAGES, Stage, precision
+    from nanollava.weights import check_device, own
+except KeyboardInterrupt:  # to import PyTorch takes seconds
+    sys.exit(130)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,7 +85,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command", metavar="miniature|stage1|stage2")
     for stage in STAGES.values():
-        add_stage(commands.add_parser(stage.name, help=f"trains: {', '.join(stage.trained)}"), stage)
+        command = commands.add_parser(stage.name, help=f"trains: {', '.join(stage.trained)}")
+        settings.add_stage(command, stage)
+        command.set_defaults(run=functools.partial(run_stage, stage=stage))
     mini = commands.add_parser("miniature", help="the whole paper, small, from nothing")
     mini.add_argument("--out", type=Path, default=Path("runs/miniature"), help="folder for everything made")
     mini.add_argument("--recipe", choices=list(RECIPES), default="demo", help="how much of everything")
@@ -94,63 +100,6 @@ def make_miniature(args: argparse.Namespace) -> None:
     if distributed.processes() > 1:
         raise Error("miniature trains in one process: start it without torchrun")
     run_miniature(args.out, RECIPES[args.recipe], run, args.bundle)
-
-
-def add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
-    add = parser.add_argument
-    if stage.name == "stage2":
-        add("--model", type=Path, help="result of stage 1 (or any LLaVA folder) to go on from")
-    add("--vision", type=Path, help="CLIP folder")
-    add("--language", type=Path, help="Vicuna folder")
-    add("--data", type=Path, help="records: a JSON array in the official format")
-    add("--images", type=Path, help="folder that the records' image names start from")
-    add("--out", type=Path, help="folder for the result")
-    add("--val", type=Path, help="records for a validation loss")
-    add("--val-fraction", type=float, default=0.0, help="or: this share of --data, kept out of training")
-    add("--val-every", type=int, default=0, help="steps between validation losses (0: at the end)")
-    add("--projector", choices=("linear", "mlp2x_gelu"), help="the paper's (the default), or v1.5's and llava-hf's")
-    add("--whiten", action="store_true", help="start the projector on whitened features: for small models")
-    add("--select-layer", type=int, metavar="N", help="the tower's hidden state that is read, -1 being the last (-2)")
-    add("--image-aspect-ratio", choices=("crop", "pad"), help="how pictures become squares (crop)")
-    add("--max-length", type=int, help="positions of a row after splicing (2048)")
-    add_lora(parser)
-    add_steps(parser, stage)
-    parser.set_defaults(run=lambda args: run_stage(args, stage))
-
-
-def add_steps(parser: argparse.ArgumentParser, stage: Stage) -> None:
-    """How the weights move, and what is kept of it."""
-    add = parser.add_argument
-    add("--lr", type=float, help=f"learning rate ({stage.lr}; {lora.RATE} with --lora)")
-    add("--projector-lr", type=float, help="learning rate of the projector, where it differs")
-    add("--optimizer", choices=("adamw", "light", "muon"), default="adamw", help="light: in less memory")
-    add("--weight-decay", type=float, default=0.0)
-    add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises (0.03)")
-    add("--clip", type=float, default=1.0, help="largest gradient norm (1.0)")
-    add("--batch-size", type=int, default=stage.batch_size, help=f"records (or images) in a step ({stage.batch_size})")
-    add("--epochs", type=float, default=stage.epochs, help=f"times through the data ({stage.epochs})")
-    add("--steps", type=int, help="optimizer steps, in place of --epochs")
-    add("--rows-at-once", type=int, default=0, help="rows in memory at once; fewer accumulate gradients (0: all)")
-    add("--parallel", type=int, default=1, help="micro-batches computed side by side, for small models on a CPU")
-    add("--share-images", action="store_true", help="records about one image share one copy of it; steps count images")
-    add("--cache-features", type=Path, metavar="DIR", help="keep the frozen tower's patch features of each image here")
-    add("--save-every", type=int, default=500, help="steps between checkpoints (0: only at the end)")
-    add("--keep", type=int, default=1, help="the last so many checkpoints stay: OUT, and in OUT/checkpoints (1)")
-    add("--log-every", type=int, default=10, help="steps between lines")
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--compile", action="store_true", help="torch.compile the language model")
-    add("--recompute", action="store_true", help="save memory: compute each block again in backward")
-    add("--skip-bad", action="store_true", help="leave bad records out, write their list to OUT.bad.txt")
-    add("--dry-run", action="store_true", help="tell memory and, with --data, hours after ten steps; save nothing")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-
-
-def add_lora(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--lora", type=int, nargs="?", const=lora.RANK, metavar="RANK", help="train adapters of the decoder (rank 128)")
-    add("--lora-alpha", type=float, help="adapters count alpha / rank (twice the rank)")
-    add("--lora-dropout", type=float, help=f"share of an adapter's inputs left out at random ({lora.DROPOUT})")
 
 
 def run_stage(args: argparse.Namespace, stage: Stage) -> None:

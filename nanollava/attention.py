@@ -21,6 +21,7 @@ import importlib.util
 import math
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nanollava.error import first_line
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -248,11 +251,46 @@ def can_compile(device_type: str) -> bool:
         needed = "Triton or C compiler"
         found = importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
     elif device_type == "cpu":
-        needed = "C++ compiler"
-        found = any(map(shutil.which, [os.environ["CXX"]] if "CXX" in os.environ else ("c++", "g++", "clang++")))
+        needed, found = "C++ compiler", find_cpp_compiler()
     if not found:
         print(f"no {needed} found: what would be compiled is run step by step, more slowly", file=sys.stderr)
     return found
+
+
+def find_cpp_compiler() -> bool:
+    """Whether there is a C++ compiler that works. Inductor looks for one name alone, so it is told what was found."""
+    from torch._inductor.config import cpp
+
+    for name in [os.environ["CXX"]] if "CXX" in os.environ else [cpp.cxx[1], "g++", "c++", "clang++"]:
+        if shutil.which(name) and compiles(name):
+            cpp.cxx = (None, name)
+            return True
+    return False
+
+
+def compiles(compiler: str) -> bool:
+    """Whether a C++ compiler takes a line that needs a header."""
+    words = [compiler, "-x", "c++", "-fsyntax-only", "-"]
+    try:
+        return not subprocess.run(words, input=b"#include <vector>\n", capture_output=True).returncode
+    except OSError:
+        return False
+
+
+def or_plain(program: Callable, function: Callable) -> Callable:
+    """A function's compiled program; where that cannot be made after all (a library is missing, the disk of the
+    compiler's cache is full) it says so, once, and from then on the function itself."""
+
+    def run(*given: object) -> object:
+        nonlocal program
+        try:
+            return program(*given)
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # nothing of it has been run yet
+            print(f"\ncannot compile ({first_line(error)}): it is run step by step, more slowly", file=sys.stderr)
+            program = function
+        return function(*given)
+
+    return run
 
 
 @functools.cache

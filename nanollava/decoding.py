@@ -15,7 +15,7 @@ Shapes: B batch, T positions of this pass, D language width, K key/value heads, 
 import torch
 from torch import Tensor
 
-from nanollava.attention import Mask, can_compile
+from nanollava.attention import Mask, can_compile, or_plain
 from nanollava.llama import Cache, Llama
 from nanollava.llava import Llava
 
@@ -66,5 +66,5 @@ def compile_decoding(model: Llava) -> Llava:
     """
     if can_compile(model.device.type):
         options = {"triton.cudagraphs": True} if model.device.type == "cuda" else {"cpp_wrapper": True}
-        model.step = torch.compile(next_logits, options=options)
+        model.step = or_plain(torch.compile(next_logits, options=options), next_logits)
     return model

@@ -87,6 +87,7 @@ def decode(
 
     Prompts are padded on the left, so that all of them end, and are continued, at the same place.
     """
+    _check_types(prompts, pixels)
     ids, patches = model.splice_rows(prompts, 0 if pixels is None else len(pixels))
     answers = [Answer(model.tokenizer, stop, _room(model, len(row), sampling)) for row in ids]
     longest = max(map(len, ids))
@@ -108,6 +109,14 @@ def decode(
         if all(answer.done for answer in answers):
             return
         logits = step(model.language, model.language.embed_tokens(tokens).unsqueeze(1), cache, padding)
+
+
+def _check_types(prompts: list[list[int]], pixels: Tensor | None) -> None:
+    """Raises Error for what looks much alike, but is not what ``generate`` takes."""
+    if not isinstance(prompts, list) or not all(isinstance(row, list) for row in prompts):
+        raise Error("prompts: give a list of lists of token ids, as encode() makes them (tensor.tolist() of a tensor)")
+    if not isinstance(pixels, Tensor | None):
+        raise Error(f"pixels: a {type(pixels).__name__}; give one tensor (M, 3, S, S), torch.stack() of several")
 
 
 def _room(model: Llava, length: int, sampling: Sampling) -> int:
@@ -143,8 +152,9 @@ def generate(
     pixels: (M, 3, S, S), the images of all prompts in reading order.
     template: whose stop text ends an answer; None is the model's own.
     An answer ends at the end token, the stop text, ``max_new_tokens``, or the last position that the model knows.
-    Raises Error on an empty prompt, one that leaves no position free, or more or fewer placeholders than images.
+    Raises Error on other types, an empty prompt, one that leaves no position free, or a wrong number of placeholders.
     """
+    _check_types(prompts, pixels)
     if not prompts:
         return []
     *_, answers = decode(model, prompts, pixels, sampling, get_template(template or model.config.template).stop)

@@ -4,6 +4,7 @@ Shapes: B rows, V vocabulary.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -24,15 +25,19 @@ class Sampling:
 
     def __post_init__(self):
         for name in ("temperature", "top_p"):
-            self._require(name, isinstance(getattr(self, name), int | float), "a number")
+            self._require(name, self._is(name, int | float), "a number")
         for name in ("top_k", "max_new_tokens", "seed"):
             optional = name == "seed" and self.seed is None
-            self._require(name, optional or isinstance(getattr(self, name), int), "a whole number")
-        self._require("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more")
+            self._require(name, optional or self._is(name, int), "a whole number")
+        self._require("temperature", 0 <= self.temperature <= sys.float_info.max, "0 (greedy) or more")
         self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._require("top_k", self.top_k >= 0, "0 (all tokens) or more")
         self._require("max_new_tokens", self.max_new_tokens >= 1, "1 or more")
         self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "0 or more, and below 2^63")
+
+    def _is(self, name: str, kind: type) -> bool:
+        """Whether a value is of that kind; True and False are no numbers."""
+        return isinstance(getattr(self, name), kind) and not isinstance(getattr(self, name), bool)
 
     def _require(self, name: str, good: bool, expected: str) -> None:
         if not good:
@@ -43,7 +48,14 @@ GREEDY = Sampling()
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """(B, V) logits -> (B,) token ids. top_k counts before top_p, as is usual."""
+    """(B, V) logits -> (B,) token ids. top_k counts before top_p, as is usual.
+
+    Raises Error where logits are no numbers, as after an overflow in float16.
+    """
+    if not logits.isfinite().all():
+        kind = str(logits.dtype).removeprefix("torch.")
+        remedy = "choose --dtype bfloat16 or float32 (dtype=); where it is that already, the weights are damaged"
+        raise Error(f"the model computes infinite numbers, or none, in {kind}: {remedy}")
     if sampling.temperature < torch.finfo(torch.float32).tiny:  # 0, or what float32 takes for it
         return logits.argmax(dim=-1)
     logits, ids = logits.float().sort(dim=-1, descending=True, stable=True)

@@ -1,8 +1,10 @@
 """The benchmark counts what it says it counts, compares the same work only, and tells everything it measured. No time
 is asserted."""
 
+import errno
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -327,6 +329,7 @@ def test_targets_of_a_gpu():
         (["--out", "no/such/folder/b.json"], "--out no/such/folder/b.json: cannot be written"),
         (["--out", "."], "--out .: is a folder"),
         (["--folder", "nowhere"], "nowhere"),
+        (["--ladder", "--out", "b.json"], "--ladder and --out b.json: a ladder is a table and no JSON"),
     ],
 )
 def test_bad_input_is_one_line(words, told, tmp_path, monkeypatch, capsys):
@@ -341,6 +344,52 @@ def test_a_folder_that_is_no_7b_llava_is_refused(tmp_path, capsys):
     folder = Path(__file__).parent.parent / "weights/miniature"
     assert command.main(["--device", "cpu", "--folder", str(folder), "--out", str(tmp_path / "b.json")]) == 2
     assert "is no 7B LLaVA in llava-hf layout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [[1], "a string", {"hidden_size": 64}])
+def test_a_config_that_is_none_of_a_7b_llava_is_refused(text, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text}))
+    assert command.main(["--device", "cpu", "--folder", str(tmp_path), "--out", str(tmp_path / "b.json")]) == 2
+    assert "is no 7B LLaVA in llava-hf layout" in capsys.readouterr().err
+
+
+def one_row(bench: measure.Bench, name: str):
+    yield row(name, "tower", 7.0)
+
+
+def test_a_table_that_nobody_reads_takes_no_figures_with_it(tiny, tmp_path, monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    file = tmp_path / "b.json"
+    monkeypatch.setattr(measure.Bench, "rows", one_row)
+    with os.fdopen(write, "w") as nobody:
+        monkeypatch.setattr(command.sys, "stdout", nobody)
+        assert command.main(["--quick", "--device", "cpu", "--out", str(file)]) == 2
+    assert json.loads(file.read_text())["complete"] is True
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: output: Broken pipe; check the path and the disk"]
+
+
+def test_a_full_disk_takes_neither_the_table_nor_the_older_figures(tiny, tmp_path, monkeypatch, capsys):
+    def full(file: Path, text: str, encoding: str) -> None:
+        file.write_bytes(text.encode(encoding)[:20])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = tmp_path / "b.json"
+    file.write_text("older figures")
+    monkeypatch.setattr(measure.Bench, "rows", one_row)
+    monkeypatch.setattr(Path, "write_text", full)
+    assert command.main(["--quick", "--device", "cpu", "--out", str(file)]) == 2
+    printed = capsys.readouterr()
+    assert "| miniature | tower | 7.00 u |" in printed.out
+    assert f"error: --out {file}: cannot be written (No space left on device)" in printed.err
+    assert file.read_text() == "older figures" and list(tmp_path.iterdir()) == [file]
+
+
+def test_figures_may_go_to_a_device(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(measure.Bench, "rows", one_row)
+    assert command.main(["--quick", "--device", "cpu", "--out", os.devnull]) == 0
+    assert not Path(os.devnull).is_file()
 
 
 def test_without_room_on_the_disk_it_says_so(tiny, tmp_path, monkeypatch, capsys):

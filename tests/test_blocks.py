@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo import utils as dynamo
+from torch._inductor.exc import InductorError
 
 from nanollava.attention import Mask
 from nanollava.llama import Llama, LlamaConfig
@@ -103,3 +104,15 @@ def test_compiled_blocks_share_one_compilation_and_give_the_same_gradients(recom
     torch.testing.assert_close(gradients(decoder), expected)
     assert dynamo.counters["stats"]["unique_graphs"] == 1
     assert (kept(decoder) < plain / 3) == recompute
+
+
+def test_blocks_that_cannot_be_compiled_after_all_are_run_as_before(decoder, monkeypatch, capsys):
+    def backend(*_: object) -> None:
+        raise InductorError(OSError(28, "No space left on device"), None)
+
+    expected = gradients(decoder)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    prepare_blocks(decoder, recompute=True, compiled=True)
+    assert all(map(torch.equal, gradients(decoder), expected))
+    assert capsys.readouterr().err.count("cannot compile") == 1

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
+from torch._inductor.exc import InductorError
 
 from nanollava import attention, decoding, generate
 from nanollava.attention import can_compile
@@ -117,13 +119,54 @@ def test_without_a_compiler_it_says_so_once_and_answers_as_before(model, monkeyp
     assert capsys.readouterr().err.count("no C++ compiler found") == 1
 
 
+@pytest.mark.parametrize("name", ["c++", "clang++"])
+def test_a_compiler_that_inductor_does_not_look_for_is_named_to_it(name, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(attention.shutil, "which", lambda asked: "/bin/it" if asked == name else None)
+    monkeypatch.setattr(attention, "compiles", lambda compiler: True)
+    with inductor.patch({"cpp.cxx": (None, "g++")}):
+        assert attention.find_cpp_compiler() and inductor.cpp.cxx == (None, name)
+
+
+def test_a_compiler_that_is_broken_is_not_taken(tmp_path, monkeypatch):
+    """Another one that works is; a compiler that CXX names is not replaced."""
+    broken, working = tmp_path / "g++", tmp_path / "c++"
+    for file, status in ((broken, 1), (working, 0)):
+        file.write_text(f"#!/bin/sh\nexit {status}\n")
+        file.chmod(0o755)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with inductor.patch({"cpp.cxx": (None, "g++")}):
+        assert attention.find_cpp_compiler() and inductor.cpp.cxx == (None, "c++")
+        monkeypatch.setenv("CXX", "g++")
+        assert not attention.find_cpp_compiler()
+    broken.write_bytes(b"\0\0")  # no program at all
+    assert not attention.compiles(str(broken))
+
+
+def test_a_step_that_cannot_be_compiled_after_all_is_run_as_before(model, monkeypatch, capsys):
+    def backend(*_: object) -> None:
+        raise InductorError(OSError(28, "No space left on device"), None)
+
+    plain = [answer.ids for answer in generate.generate(model, PROMPTS[:2], torch.ones(1, 3, 16, 16))]
+    monkeypatch.setattr(decoding, "can_compile", lambda device_type: True)
+    compiler = torch.compile
+    monkeypatch.setattr(decoding.torch, "compile", lambda function, options: compiler(function, backend=backend))
+    torch.compiler.reset()
+    compile_decoding(model)
+    for _ in range(2):
+        assert [a.ids for a in generate.generate(model, PROMPTS[:2], torch.ones(1, 3, 16, 16))] == plain
+    said = capsys.readouterr().err
+    assert said.count("cannot compile") == 1 and "No space left on device" in said and said.count("\n") == 2
+
+
 def test_on_cuda_a_step_is_recorded_as_a_graph(model, monkeypatch):
     asked = {}
     monkeypatch.setattr(decoding, "can_compile", lambda device_type: True)
     monkeypatch.setattr(decoding.torch, "compile", lambda function, options: asked.update(options) or function)
     monkeypatch.setattr(Llava, "device", torch.device("cuda"))
     compile_decoding(model)
-    assert asked == {"triton.cudagraphs": True} and model.step is next_logits
+    assert asked == {"triton.cudagraphs": True} and model.step is not None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

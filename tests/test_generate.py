@@ -220,12 +220,37 @@ def test_a_seed_draws_the_same_answer_again():
     ("field", "value"),
     [
         ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_p", 0.0),
-        ("top_p", 1.5), ("top_k", -1), ("max_new_tokens", 0), ("seed", -1), ("seed", 2**64),
+        ("top_p", 1.5), ("top_k", -1), ("max_new_tokens", 0), ("seed", -1), ("seed", 2**64), ("seed", True),
+        ("top_k", True), ("temperature", True), pytest.param("temperature", 10**400, id="above any float"),
     ],
 )  # fmt: skip
 def test_senseless_sampling_is_refused(field, value):
     with pytest.raises(Error, match=rf"^{field} is {value}"):
         Sampling(**{field: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_no_answer(value, temperature):
+    logits = torch.zeros(2, 5, dtype=torch.float16)
+    assert sample(logits, Sampling(temperature)).shape == (2,)
+    logits[1, 3] = value
+    with pytest.raises(Error, match="in float16: choose --dtype bfloat16 or float32"):
+        sample(logits, Sampling(temperature))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "pixels", "told"),
+    [
+        ([torch.tensor([1, 50])], None, "prompts: give a list of lists"),
+        (torch.tensor([[1, 50]]), None, "prompts: give a list of lists"),
+        ([1, 50], None, "prompts: give a list of lists"),
+        ([[1, 50]], [torch.zeros(3, 16, 16)], "pixels: a list; give one tensor"),
+    ],
+)
+def test_what_looks_much_like_tokens_or_pixels_is_refused(prompts, pixels, told):
+    with pytest.raises(Error, match=told):
+        generate(random_model(), prompts, pixels)
 
 
 # ---------------------------------------------------------------- text

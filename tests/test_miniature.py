@@ -302,6 +302,15 @@ def test_a_wrong_description_is_not_read_as_the_scene():
     assert evaluation.parse_description(text.replace(PLACES[7], PLACES[8])) != list(SCENE.things)
 
 
+def test_ctrl_c_in_an_evaluation_is_no_traceback(monkeypatch, capsys):
+    def interrupted(folder: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "load", interrupted)
+    assert evaluation.main(["model", "--world", "world"]) == 130
+    assert capsys.readouterr().err == "\n"
+
+
 def test_records_are_official_and_in_the_paper_s_proportions(small_world):
     records = json.loads((small_world / "instruct.json").read_text())
     kinds = Counter(record["kind"] for record in records)

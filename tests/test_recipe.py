@@ -107,6 +107,15 @@ def test_a_job_that_fails_ends_the_others_and_says_which_it_was(capfd):
     assert capfd.readouterr().err == "error: nowhere: no such folder; give one that holds a tokenizer.model\n"
 
 
+def test_jobs_are_deaf_to_ctrl_c_before_they_can_ask_for_it(heeding_ctrl_c, monkeypatch):
+    """While Python starts and imports; the terminal sends it to them too."""
+    kind, answers = multiprocessing.get_context("spawn").Process, []
+    start = kind.start
+    monkeypatch.setattr(kind, "start", lambda job: answers.append(signal.getsignal(signal.SIGINT)) or start(job))
+    in_processes({"short": (time.sleep, (0,))})
+    assert answers == [signal.SIG_IGN] and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
 def test_folders_that_cannot_be_written_are_said_at_once(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()

@@ -6,19 +6,23 @@ the same work with the same weights. A table for reading on standard output, eve
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+try:
+    import torch
 
-from nanollava.bench import ladder, machine, measure, models, report
-from nanollava.bench.limits import Limits, measure_limits
-from nanollava.bench.rows import Row
-from nanollava.error import Error, forgive_encoding, say
-from nanollava.folder import read_json
-from nanollava.weights import check_device
+    from nanollava.bench import ladder, machine, measure, models, report
+    from nanollava.bench.limits import Limits, measure_limits
+    from nanollava.bench.rows import Row
+    from nanollava.error import Error, forgive_encoding, say
+    from nanollava.folder import read_json
+    from nanollava.weights import check_device
+except KeyboardInterrupt:  # to import PyTorch takes seconds
+    sys.exit(130)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +44,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--quick", action="store_true", help="the two small models, few repetitions: under two minutes")
     option("--models", metavar="A,B", help=f"some of {','.join(models.MODELS)}; by default all that the machine holds")
     option("--device", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
-    option("--out", type=Path, default=Path("bench.json"), help="the JSON file (default: bench.json)")
+    option("--out", type=Path, help="the JSON file (default: bench.json)")
     option("--folder", type=Path, help="a 7B model in llava-hf layout, so that none has to be written")
     option("--ladder", action="store_true", help="what each optimisation brings on its own, on 135m; no JSON")
     return parser.parse_args(argv)
@@ -56,6 +60,9 @@ def settle(args: argparse.Namespace) -> tuple[torch.device, list[str]]:
         raise Error(f"--models {unknown[0]}: no such model{' in --quick' * args.quick}; choose from {', '.join(known)}")
     if args.folder:
         check_folder(args.folder)
+    if args.ladder and args.out:
+        raise Error(f"--ladder and --out {args.out}: a ladder is a table and no JSON; leave one of them out")
+    args.out = args.out or Path("bench.json")
     if not args.ladder:
         check_out(args.out)
     return torch.device(device), list(dict.fromkeys(names))
@@ -65,7 +72,8 @@ def check_folder(folder: Path) -> None:
     """Raises Error for a folder that is not a LLaVA-1.5-7B in llava-hf layout."""
     config = read_json(folder / "config.json")
     text = config.get("text_config") or {}
-    if config.get("model_type") != "llava" or text.get("hidden_size", 4096) != 4096:
+    large = isinstance(text, dict) and text.get("hidden_size", 4096) == 4096
+    if config.get("model_type") != "llava" or not large:
         raise Error(f"--folder {folder}: is no 7B LLaVA in llava-hf layout; leave it out, and one is written")
 
 
@@ -100,10 +108,24 @@ def run(args: argparse.Namespace, device: torch.device, names: list[str]) -> int
         status = say(error)
     finally:
         if rows:
-            on_cuda = device.type == "cuda"
-            print(report.whole(machine.description(device), limits, dtype, rows, on_cuda), flush=True)
-            report.write(args.out, machine.description(device), limits, rows, on_cuda, complete=not status)
-            tell(f"all figures: {args.out}")
+            about = machine.description(device), limits, rows, device.type == "cuda"
+            status = deliver(args.out, about, dtype, complete=not status) or status
+    return status
+
+
+def deliver(file: Path, about: tuple, dtype: torch.dtype, complete: bool) -> int:
+    """The JSON, and then the table, which perhaps nobody reads any more: neither is lost with the other. The status."""
+    status = 0
+    try:
+        report.write(file, *about, complete)
+        tell(f"all figures: {file}")
+    except Error as error:
+        status = say(error)
+    try:
+        print(report.whole(*about, dtype), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+        status = say(error)
     return status
 
 

@@ -11,6 +11,7 @@ import torch
 from nanollava.bench.limits import Limits
 from nanollava.bench.ours import DECODERS
 from nanollava.bench.rows import Row
+from nanollava.error import Error
 
 LIMITS = {"vector": "matrix-vector", "product": "matrix products", "plain read": "plain read", "": ""}
 FOOTNOTE = """\
@@ -53,7 +54,7 @@ def line(row: Row) -> str:
     return "  ".join(filter(None, cells_of(row)))
 
 
-def whole(machine: dict, limits: Limits, dtype: torch.dtype, rows: list[Row], on_cuda: bool) -> str:
+def whole(machine: dict, limits: Limits, rows: list[Row], on_cuda: bool, dtype: torch.dtype) -> str:
     """What is printed."""
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers") if machine[name])
     title = f"{machine['processor']}, {machine['threads']} threads, {machine['device']}; {versions}"
@@ -190,7 +191,10 @@ def targets(made: list[Verdict]) -> str:
 
 
 def write(file: Path, machine: dict, limits: Limits, rows: list[Row], on_cuda: bool, complete: bool) -> None:
-    """One JSON: the machine, versions, limits, every figure with its repetitions, the targets."""
+    """One JSON: the machine, versions, limits, every figure with its repetitions, the targets.
+
+    Raises Error where it cannot be written; then what stood there is intact.
+    """
     content = {
         "machine": machine,
         "limits": {"copy GB/s": limits.copy, "vector GB/s": limits.vector, "product GFLOP/s": limits.product},
@@ -198,4 +202,14 @@ def write(file: Path, machine: dict, limits: Limits, rows: list[Row], on_cuda: b
         "targets": [asdict(verdict) for verdict in verdicts(rows, on_cuda)],
         "complete": complete,
     }
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    whole = file.resolve()
+    plain = file.is_file() or not file.exists()  # a device has no name to give to another
+    new = whole.with_name(f"{whole.name}.new") if plain else file
+    try:
+        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        if plain:
+            new.replace(whole)
+    except OSError as error:
+        if plain:
+            new.unlink(missing_ok=True)
+        raise Error(f"--out {file}: cannot be written ({error.strerror}); free some space and run it again") from error

@@ -219,6 +219,9 @@ def main(argv: list[str] | None = None) -> int:
             raise Error(f"--questions {args.questions}: give 1 to {MOST}, the test scenes hold no more")
         model = quantize(load(args.model)) if args.int8 else load(args.model)
         print(summary(evaluate({"model": model}, args.world, args.questions), args.questions))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
     except Exception as error:
         return say(error)
     return 0

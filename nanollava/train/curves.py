@@ -8,55 +8,100 @@ table and a picture. Two runs at a time, one core each.
 import argparse
 import json
 import math
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from nanollava.checkpoint import load
-from nanollava.error import Error, say, some
-from nanollava.train.data import Dataset
-from nanollava.train.loop import Options, train
-from nanollava.train.machine import in_processes
-from nanollava.train.records import group_by_image, read_records
-from nanollava.train.resume import progress
-from nanollava.train.stages import STAGES, precision
+try:
+    from nanollava.checkpoint import load
+    from nanollava.config import LARGEST
+    from nanollava.error import Error, say, some
+    from nanollava.folder import check_writable
+    from nanollava.train.data import Dataset
+    from nanollava.train.loop import Options, train
+    from nanollava.train.machine import in_processes
+    from nanollava.train.records import group_by_image, read_records
+    from nanollava.train.resume import progress
+    from nanollava.train.stages import STAGES, precision
+except KeyboardInterrupt:  # to import PyTorch takes seconds
+    sys.exit(130)
 
 COLOURS = {"adamw": "#1f5fb4", "light": "#d9541e"}
 NAMES = {"adamw": "AdamW, float32: 16 bytes a parameter", "light": "light, bfloat16: 6 bytes a parameter"}
 SEEDS = (0, 1, 2)
+PARTS = (
+    "stage1/config.json",
+    "stage1/tokenizer.model",
+    "world/instruct.json",
+    "world/instruct_val.json",
+    "world/images",
+)
 Curve = list[tuple[int, float]]  # step, validation loss
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--miniature", type=Path, required=True, help="folder with world/ and stage1/")
     parser.add_argument("--runs", type=Path, required=True, help="folder for the six runs; finished ones are kept")
-    parser.add_argument("--picture", type=Path, default=Path("weights/miniature/optimizers.png"))
+    parser.add_argument("--picture", type=Path, help="default: optimizers.png in the folder of the runs")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1e-3)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    args.picture = args.picture or args.runs / "optimizers.png"
     try:
+        check(args)
         compare(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted: go on with the same command", file=sys.stderr)
+        return 130
     except Exception as error:
         return say(error)
     return 0
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raises Error for what would end the runs, or be found only behind them."""
+    if not 0 < args.steps <= LARGEST:
+        raise Error(f"--steps is {args.steps}: it must be above 0 and at most {LARGEST:,}")
+    if not 0 < args.lr < 1000:
+        raise Error(f"--lr is {args.lr}: it must be above 0 and below 1000")
+    if missing := [part for part in PARTS if not (args.miniature / part).exists()]:
+        remedy = "make it whole with python train.py miniature --out"
+        raise Error(f"--miniature {args.miniature}: has no {missing[0]}; {remedy} {args.miniature}")
+    check_writable(args.runs / "adamw-0")
+    check_picture(args.picture)
+
+
+def check_picture(file: Path) -> None:
+    """Raises Error where no such picture can be written."""
+    Image.init()
+    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
+        raise Error(f"--picture {file}: no kind of picture that is known here; let its name end in .png")
+    try:
+        tempfile.TemporaryFile(dir=file.resolve().parent).close()
+        if file.exists():
+            file.open("a").close()
+    except OSError as error:
+        raise Error(f"--picture {file}: cannot be written ({error.strerror}); choose another place") from error
+
+
 def compare(args: argparse.Namespace) -> None:
     """The six runs, their table, their picture."""
-    curves: dict[tuple[str, int], Curve] = {}
+    outs = {(name, seed): args.runs / f"{name}-{seed}" for name in COLOURS for seed in SEEDS}
+    done = {run: read_curve(out, args.steps) for run, out in outs.items() if progress(out) == "finished"}
     for seed in SEEDS:
-        outs = {name: args.runs / f"{name}-{seed}" for name in COLOURS}
         jobs = {
-            f"{name}, seed {seed}": (stage2, (args.miniature, out, name, seed, args.steps, args.lr))
-            for name, out in outs.items()
-            if progress(out) != "finished"
+            f"{name}, seed {seed}": (stage2, (args.miniature, outs[name, seed], name, seed, args.steps, args.lr))
+            for name in COLOURS
+            if (name, seed) not in done
         }
         if jobs:
             in_processes(jobs)
-        curves |= {(name, seed): read_curve(out) for name, out in outs.items()}
-    curves = dict(sorted(curves.items()))
+    curves = {run: read_curve(out, args.steps) for run, out in outs.items()}
     print(table(curves))
     plot(curves).save(args.picture)
 
@@ -75,14 +120,30 @@ def stage2(miniature: Path, out: Path, optimizer: str, seed: int, steps: int, lr
         groups[name] = group_by_image(examples)
     data = Dataset(groups["instruct"], world / "images", model.config)
     val = Dataset(groups["instruct_val"][:160], world / "images", model.config)
-    every = max(1, steps // 20)
-    options = Options(lr, None, batch_size, steps, optimizer=optimizer, seed=seed, val_every=every, log_every=every)
+    every = dict.fromkeys(("val_every", "log_every", "save_every"), between(steps))
+    options = Options(lr, None, batch_size, steps, optimizer=optimizer, seed=seed, **every)
     train(model, stage, data, val, out, options, resume=progress(out) == "begun")
 
 
-def read_curve(out: Path) -> Curve:
-    entries = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [(entry["step"], entry["val_loss"]) for entry in entries if "val_loss" in entry]
+def between(steps: int) -> int:
+    """Steps between two validation losses of a run, and between two saves."""
+    return max(1, steps // 20)
+
+
+def read_curve(out: Path, steps: int) -> Curve:
+    """Raises Error where a finished run has not the validation losses of so many steps."""
+    file = out / "metrics.jsonl"
+    try:
+        entries = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        curve = [(entry["step"], entry["val_loss"]) for entry in entries if "val_loss" in entry]
+        expected = [step for step in range(1, steps + 1) if step % between(steps) == 0 or step == steps]
+        whole = [step for step, _ in curve] == expected and all(0 < loss < math.inf for _, loss in curve)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        problem = f"has not the validation losses of a run of {steps} steps"
+        raise Error(f"{file}: {problem}; delete {out}, and it is made anew, or give the --steps that it was made with")
+    return curve
 
 
 def table(curves: dict[tuple[str, int], Curve]) -> str:
@@ -140,7 +201,7 @@ def plot(curves: dict[tuple[str, int], Curve]) -> Image.Image:
 def draw_axes(pen: ImageDraw.ImageDraw, axes: Axes) -> None:
     left, _, right, bottom = axes.box
     write(pen, (left, 28), "Stage 2 of the miniature, validation loss, three seeds each", "lm", 20)
-    for loss in (value * 10**power for power in range(-4, 2) for value in (1, 2, 5)):
+    for loss in (value * 10**power for power in range(-4, 2) for value in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)):
         if axes.low < loss < axes.high:
             y = axes.place(0, loss)[1]
             pen.line([(left, y), (right, y)], fill="#dddddd")

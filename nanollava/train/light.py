@@ -27,7 +27,7 @@ import random
 import torch
 from torch import Tensor, nn
 
-from nanollava.attention import can_compile, compiled
+from nanollava.attention import can_compile, compiled, or_plain
 from nanollava.train.distributed import full, local, rank
 
 B1, B2, EPS = 0.9, 0.999, 1e-8
@@ -59,7 +59,7 @@ class Light(torch.optim.Optimizer):
 
     def compile(self) -> None:
         """One pass over memory in place of twenty."""
-        self.kernel = compiled(adamw)
+        self.kernel = or_plain(compiled(adamw), adamw)
 
     @torch.no_grad()
     def update(self, group_number: int, number: int, p: nn.Parameter) -> None:

@@ -102,8 +102,10 @@ def in_processes(jobs: dict[str, tuple[Callable, tuple]]) -> None:
         context.Process(target=do_one, name=name, args=(threads, *job), daemon=True) for name, job in jobs.items()
     ]
     try:
+        heeding = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which they inherit, before they can ask for it
         for process in processes:
             process.start()
+        signal.signal(signal.SIGINT, heeding)
         running = {process.sentinel: process for process in processes}
         while running:
             for sentinel in multiprocessing.connection.wait(list(running)):
