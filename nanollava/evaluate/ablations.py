@@ -91,7 +91,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--miniature", type=Path, required=True, help="what python train.py miniature has left")
     option("--out", type=Path, required=True, help="folder for all that is trained, the tables and the picture")
     option("--seeds", type=int, default=3, help="runs of each variant (3)")
-    option("--steps", type=int, default=900, help="of stage 2 (900; the demo's is 3000)")
+    option("--steps", type=int, default=900, help="of stage 2 (900; the demo's is 3600)")
     option("--only", metavar="A,B", help=f"some of {','.join(VARIANTS)}; all, the base, is always among them")
     option("--at-once", type=int, default=min(4, torch.get_num_threads()), help="runs side by side (a core each)")
     return parser.parse_args(argv)

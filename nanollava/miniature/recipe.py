@@ -44,7 +44,7 @@ class Recipe:
 
 
 RECIPES = {  # demo: make demo; full: the bundled weights; smoke: the tests, a minute in which nothing is learnt
-    "demo": Recipe(world.WorldSize(21_600), clip_steps=600, language_steps=1000, stage1_steps=250, stage2_steps=3000),
+    "demo": Recipe(world.WorldSize(21_600), clip_steps=600, language_steps=1000, stage1_steps=250, stage2_steps=3600),
     "full": Recipe(world.WorldSize(43_200), clip_steps=1200, language_steps=2000, stage1_steps=250, stage2_steps=10000),
     "smoke": Recipe(world.WorldSize(80, 12, 60, 40), 4, 4, 3, 4, per_kind=12),
 }
