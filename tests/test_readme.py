@@ -1,6 +1,8 @@
 """What the README says is true: files, line counts, commands."""
 
+import argparse
 import ast
+import importlib
 import random
 import re
 import shlex
@@ -32,6 +34,33 @@ def test_every_file_that_is_named_exists():
 def test_every_training_command_is_understood(line):
     words = shlex.split(line.replace("\\\n", " "), comments=True)
     assert train.make_parser().parse_args(words).run
+
+
+class Understood(BaseException):
+    """Raised where a command line has been read and work would begin."""
+
+
+@pytest.mark.parametrize("line", re.findall(r"^(?: {4})?python -m (nanollava(?:.*\\\n)*.*)$", README, flags=re.M))
+def test_every_command_of_a_module_is_understood(line, monkeypatch):
+    module, *words = shlex.split(line.replace("\\\n", " "), comments=True)
+    elsewhere = {"nanollava.train.data": "nanollava.train.check", "nanollava.checkpoint": "nanollava.convert"}
+    package = (ROOT / module.replace(".", "/")).is_dir()
+    main = importlib.import_module(f"{module}.__main__" if package else elsewhere.get(module, module)).main
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(self, args=None, namespace=None):
+        found = parse(self, args, namespace)
+        if not hasattr(found, "rest"):  # that of another command, which reads them itself
+            raise Understood
+        return found
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    with pytest.raises(Understood):
+        main(words)
+
+
+def test_nothing_is_left_to_be_filled_in():
+    assert not re.findall(r"@[A-Z]+@|TODO|XXX", README)
 
 
 def test_every_flag_that_is_named_exists():

@@ -143,7 +143,7 @@ def spacy_phrases(texts: Iterable[str], model: str = SPACY_MODEL, processes: int
     try:
         spacy = import_module("spacy")
     except ImportError as error:
-        remedy = "pip install 'nanollava[spacy]', or take --finder simple"
+        remedy = 'pip install -e ".[spacy]", or take --finder simple'
         raise Error(f"--finder spacy: spaCy is not installed; {remedy}") from error
     try:
         nlp = spacy.load(model, disable=["ner", "lemmatizer"])
