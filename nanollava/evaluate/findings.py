@@ -10,21 +10,17 @@ from statistics import mean
 
 from PIL import Image, ImageDraw
 
+from nanollava.evaluate.tables import BENCH_COCO, SCIENCE_QA
 from nanollava.evaluate.variants import VARIANTS
 from nanollava.train.curves import write
 
 # Visual Instruction Tuning, table 4: LLaVA-Bench (COCO), relative scores; a name that we give, the paper's beside it
 GROUPS = {"conversation": "conversation", "detail": "detail", "reasoning": "complex", "together": "all"}
-BENCH = {
-    "all": (83.1, 75.3, 96.5, 85.1),
-    "detail+reasoning": (81.5, 73.3, 90.8, 81.9),
-    "mostly-conversation": (81.0, 68.4, 91.5, 80.5),
-    "conversation": (76.5, 59.8, 84.9, 73.8),
-    "none": (22.0, 24.0, 18.5, 21.5),
-}
+NAMES = ("all", "detail+reasoning", "mostly-conversation", "conversation", "none")
+BENCH = dict(zip(NAMES, BENCH_COCO.values(), strict=True))
 # table 8: ScienceQA, accuracy. LLaVA-1.5 says of the linear projector that it is worse, and gives no figure
 SCIENCE = {
-    "all": 90.92, "last-layer": 89.96, "answer-first": 89.77, "no-stage1": 85.81, "half-size": 89.84, "linear": None,
+    "all": SCIENCE_QA["LLaVA"][-1], "last-layer": 89.96, "answer-first": 89.77, "no-stage1": 85.81, "half-size": 89.84, "linear": None,
 }  # fmt: skip
 Runs = dict[str, list[dict]]  # variant -> what ``ablations.measure`` found with each seed
 
