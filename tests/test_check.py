@@ -298,7 +298,8 @@ def test_a_language_folder_counts_too(checked, trainer, tiny_tokenizer_file, tmp
     (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(tiny_tokenizer_file.read_bytes())
     for place in (trainer.vicuna, tmp_path / "tokenizer"):
         printed = checked([fits], "--model", place, model=False)[2]
-        assert f"exact, with the tokenizer of {place}; rows of 2,048 positions, 576 for an image" in printed
+        guess = "exact, but for images (--vision FOLDER tells their size), with the tokenizer of"
+        assert f"{guess} {place}; rows of 2,048 positions, 576 for an image" in printed
     printed = checked([fits], "--model", trainer.vicuna, "--vision", trainer.clip, model=False)[2]
     assert "2,048 positions, 4 for an image" in printed
 

@@ -3,15 +3,19 @@
 import argparse
 import ast
 import importlib
+import json
 import random
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
 
 import train
 from nanollava.checkpoint import load
+from nanollava.instruct.contexts import Context
+from nanollava.instruct.replies import record_of, turns_of
 from nanollava.miniature import language, pretrain, recipe
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +61,21 @@ def test_every_command_of_a_module_is_understood(line, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
     with pytest.raises(Understood):
         main(words)
+
+
+def test_the_record_that_is_shown_is_made_of_the_reply_that_is_shown():
+    shown = re.search(r"^what the teacher reads.*?^```", README, flags=re.M | re.S)[0]
+    parts = [textwrap.dedent(part).strip() for part in re.split(r"^(?:what it writes|the record) ", shown, flags=re.M)]
+    record = json.loads(parts[2].removesuffix("```"))
+    boxes = [line.strip().partition(": ") for line in parts[0].splitlines()[2:]]
+    instances = [{"category": category, "bbox": json.loads(box)} for category, _, box in boxes]
+    context = Context(record["id"], record["image"], ["A large purple triangle and a large green circle."], instances)
+    told = "\n".join(line.strip() for line in parts[0].splitlines()).replace("what the teacher reads     ", "")
+    assert context.text(boxes=True) == told.replace("   (one of five captions)", "")
+    reply = "\n".join(line.strip() for line in parts[1].splitlines())
+    turns = turns_of("reasoning", reply)
+    made = [record_of(context, "reasoning", turns, random.Random(seed)) for seed in range(20)]
+    assert record in made
 
 
 def test_nothing_is_left_to_be_filled_in():

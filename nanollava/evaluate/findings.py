@@ -20,7 +20,8 @@ NAMES = ("all", "detail+reasoning", "mostly-conversation", "conversation", "none
 BENCH = dict(zip(NAMES, BENCH_COCO.values(), strict=True))
 # table 8: ScienceQA, accuracy. LLaVA-1.5 says of the linear projector that it is worse, and gives no figure
 SCIENCE = {
-    "all": SCIENCE_QA["LLaVA"][-1], "last-layer": 89.96, "answer-first": 89.77, "no-stage1": 85.81, "half-size": 89.84, "linear": None,
+    "all": SCIENCE_QA["LLaVA"][-1],
+    "last-layer": 89.96, "answer-first": 89.77, "no-stage1": 85.81, "half-size": 89.84, "linear": None,
 }  # fmt: skip
 Runs = dict[str, list[dict]]  # variant -> what ``ablations.measure`` found with each seed
 

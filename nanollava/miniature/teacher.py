@@ -1,6 +1,6 @@
 """The miniature's teacher: boxes become instruction records, captions stage 1's (LLaVA section 3 and table 1).
 
-Like GPT-4 in the paper, which read both for its instructions, it never sees a pixel. It makes the three kinds of record
+Like GPT-4 in the paper, it never sees a pixel. It makes the three kinds of record
 in the paper's proportions, 58K conversations : 23K detailed descriptions : 77K of reasoning.
 """
 

@@ -63,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the table has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         return say(error)
 
@@ -109,8 +112,7 @@ def check(args: argparse.Namespace) -> int:
 def measures(model: Path | None, vision: Path | None) -> tuple[Tokenizer | Words, LlavaConfig]:
     """What lengths are counted with: the tokenizer and the sizes of a folder; words, and v1.5's sizes, without one.
     No weight is read. Raises Error for a folder that is damaged or has no tokenizer."""
-    file = last_good(model) / "config.json" if model else None
-    if file and file.is_file() and read_json(file).get("model_type") != "llama":
+    if model and has_tower(model):
         whole = load(model, "meta", vision=vision)
         if whole.tokenizer is None:
             raise Error(f"{model}: no tokenizer.model in it; leave --model out to count words")
@@ -119,11 +121,18 @@ def measures(model: Path | None, vision: Path | None) -> tuple[Tokenizer | Words
     return load_tokenizer(last_good(model)) if model else Words(), LlavaConfig(sizes)
 
 
+def has_tower(model: Path) -> bool:
+    """Whether it is a LLaVA, whose config tells the patches of an image."""
+    file = last_good(model) / "config.json"
+    return file.is_file() and read_json(file).get("model_type") != "llama"
+
+
 def in_words(args: argparse.Namespace, config: LlavaConfig) -> str:
     """How lengths were measured."""
     sizes = f"rows of {config.max_length:,} positions, {config.vision.num_patches} for an image, {args.template}"
     if args.model:
-        return f"exact, with the tokenizer of {args.model}; {sizes}"
+        guessed = "" if args.vision or has_tower(args.model) else "but for images (--vision FOLDER tells their size), "
+        return f"exact, {guessed}with the tokenizer of {args.model}; {sizes}"
     return f"a lower bound, each word one token; {sizes}\n  (--model FOLDER counts tokens: more may be too long then)"
 
 
