@@ -34,7 +34,7 @@ def test_logits_of_a_decoder_and_of_a_lora_over_it():
     language = load_language(GOLDEN / "llama")
     with torch.no_grad():
         check("llama", "logits", language(WORDS))
-        lora.merge(language, GOLDEN / "lora")
+        lora.merge_folder(language, GOLDEN / "lora")
         check("lora", "logits", language(WORDS))
 
 
