@@ -64,6 +64,30 @@ def test_a_line_damaged_elsewhere_is_told_by_its_number(line, tmp_path):
     assert file.read_bytes() == before
 
 
+RECORDS = b'[{"id": "1", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]}]'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [RECORDS, RECORDS + b"\n", b'{"question_id": 1, "text": "A."}', b'{"a": 1}\n{"b": 2', b"notes", b"\xff\0\1", b"\n"],
+)
+def test_a_file_that_is_no_journal_stays_as_it_is(content, tmp_path):
+    """Above all records on one line without a line's end, which look like a line that a kill cut short."""
+    file = tmp_path / "train.json"
+    file.write_bytes(content)
+    with pytest.raises(Error, match=r"train.json: is no journal of replies or answers; choose another --out"):
+        Journal(file)
+    assert file.read_bytes() == content
+
+
+def test_what_stands_behind_a_journal_and_is_no_beginning_of_a_line_stays(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"key": "a"}\n' + RECORDS)
+    with pytest.raises(Error, match="line 2: damaged"):
+        Journal(file)
+    assert file.read_bytes() == b'{"key": "a"}\n' + RECORDS
+
+
 def test_many_threads_write_whole_lines(tmp_path):
     with Journal(tmp_path / "a.jsonl") as journal:
         work = [threading.Thread(target=lambda n=n: [journal.append(f"{n}-{i}", text="x" * 3000) for i in range(40)])

@@ -16,6 +16,7 @@ from nanollava.instruct.teacher import Reply, Request, Teacher, Unanswered
 from nanollava.train.loop import minutes
 
 FLUSH_EVERY = 0.2  # seconds between two waits for the disk itself; a killed process loses nothing, a power cut so much
+BEGIN = b'{"key": '  # of each line of a journal
 HOPELESS = 10  # requests in a row without an answer, after which nothing more is asked
 
 
@@ -23,7 +24,8 @@ class Journal:
     """JSON lines in a file, one for each finished key; of two lines with one key the later one counts.
 
     done: what was written under each key, without the key. A last line that a kill cut short is dropped, from the file
-    too. Raises Error naming file and line for one that is damaged elsewhere, and where the disk refuses.
+    too. Raises Error naming file and line for one that is damaged elsewhere, for a file that is no journal, which stays
+    as it is, and where the disk refuses.
     """
 
     def __init__(self, file: Path):
@@ -36,21 +38,29 @@ class Journal:
             raise Error(f"{file}: cannot be opened ({error.strerror}); check the path and the disk") from error
         *lines, tail = content.split(b"\n")
         self.size = len(content) - len(tail)
+        read = [self._read(line) for line in lines]
+        if not BEGIN.startswith(tail.rstrip(b"\0")[: len(BEGIN)]):  # no kill of ours leaves that
+            lines, read = [*lines, tail], [*read, None]
+        if None in read:
+            self._refuse(lines, read)
         os.truncate(file, self.size)
-        self.done: dict[str, dict] = {}
-        for number, line in enumerate(lines, start=1):
-            fields = self._read(line, number)
-            self.done[fields.pop("key")] = fields
+        self.done: dict[str, dict] = {fields.pop("key"): fields for fields in read}
 
-    def _read(self, line: bytes, number: int) -> dict:
+    @staticmethod
+    def _read(line: bytes) -> dict | None:
+        """The fields of a line; None where it is no journal's."""
         try:
             fields = json.loads(line)
-        except ValueError:
-            fields = None
-        if not isinstance(fields, dict) or not isinstance(fields.get("key"), str):
-            remedy = "remove the line to have its item asked again, or choose another folder"
-            raise Error(f"{self.file}, line {number}: damaged, {printable(repr(line), 80)}; {remedy}")
-        return fields
+        except (ValueError, RecursionError):
+            return None
+        return fields if isinstance(fields, dict) and isinstance(fields.get("key"), str) else None
+
+    def _refuse(self, lines: list[bytes], read: list[dict | None]) -> None:
+        if not any(read):
+            raise Error(f"{self.file}: is no journal of replies or answers; choose another --out")
+        number = read.index(None)
+        remedy = "remove the line to have its item asked again, or choose another --out"
+        raise Error(f"{self.file}, line {number + 1}: damaged, {printable(repr(lines[number]), 80)}; {remedy}")
 
     def append(self, key: str, **fields: object) -> None:
         """Write a line, at once and whole or not at all."""
