@@ -174,6 +174,8 @@ class Fake(Teacher):
             self.under_way -= 1
         if request.kind == "unanswered":
             raise Unanswered("500 Internal Server Error, 9 times")
+        if request.kind == "refused":
+            raise Unanswered("400 Bad Request: too long", for_good=True)
         if request.kind == "fatal":
             raise Error("fake: refuses the key")
         if request.kind == "mistake":
@@ -238,6 +240,40 @@ def test_answers_in_between_let_it_go_on(tmp_path):
     with Journal(tmp_path / "a.jsonl") as journal:
         assert ask_all(requests(60, dict.fromkeys(range(0, 60, 2), "unanswered")), Fake(), journal, 1, fields) == 30
         assert len(journal.done) == 30
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("keep", [True, False])
+def test_scattered_refusals_stand_in_no_restart_s_way(keep, concurrency, tmp_path, capsys):
+    """600 requests, every 20th refused for good; stopped after 400. Kept or not, what comes is what an undisturbed run
+    leaves; kept, none is asked for again."""
+    kinds, first = dict.fromkeys(range(0, 600, 20), "refused"), dict.fromkeys(range(400, 600), "fatal")
+    finish = lambda _, reply: {"text": reply.text} | ({"refused": reply.refused} if reply.refused else {})  # noqa: E731
+    with Journal(tmp_path / "a.jsonl") as journal, pytest.raises(Error, match="refuses the key"):
+        ask_all(requests(600, kinds | first), Fake(), journal, concurrency, finish, keep_refused=keep)
+    time.sleep(0.1)
+    teacher = Fake()
+    with Journal(tmp_path / "a.jsonl") as journal:
+        before = len(journal.done)
+        assert before > (390 if keep else 370)
+        missing = ask_all(requests(600, kinds), teacher, journal, concurrency, finish, keep_refused=keep)
+        assert len(teacher.asked) == 600 - before and missing == (0 if keep else 30)
+        refused = {"text": "", "refused": "400 Bad Request: too long"}
+        expected = {f"k{i}": refused if i in kinds else {"text": f"K{i}"} for i in range(600)}
+        assert journal.done == {k: v for k, v in expected.items() if keep or v is not refused}
+    assert "refused: k420: 400 Bad Request: too long\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_where_everything_is_refused_the_run_ends(keep, tmp_path):
+    """A setting that the teacher does not take, for example: what it asks for is not all written off."""
+    teacher = Fake()
+    with Journal(tmp_path / "a.jsonl") as journal:
+        for _ in range(2):
+            with pytest.raises(Error, match=r"10 requests in a row stayed unanswered, the last for: 400"):
+                wanted = requests(100, dict.fromkeys(range(100), "refused"))
+                ask_all(wanted, teacher, journal, 1, lambda _, reply: reply._asdict(), keep_refused=keep)
+    assert len(teacher.asked) == 20
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])

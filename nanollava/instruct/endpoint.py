@@ -121,7 +121,7 @@ class EndpointTeacher(Teacher):
             return (
                 Unanswered(f"{what}, to be asked in {wait:.0f} s") if (wait or 0) > LONGEST_WAIT else Later(what, wait)
             )
-        return Unanswered(said)
+        return Unanswered(said, for_good=status in (400, 413, 422))
 
     def hide(self, text: str) -> str:
         """The text without the key, should an endpoint send it back."""

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -116,21 +117,26 @@ Finish = Callable[[Request, Reply], dict]
 Outcome = tuple[Request, Reply | Exception]
 
 
-def ask_all(requests: list[Request], teacher: Teacher, journal: Journal, concurrency: int, finish: Finish) -> int:
+def ask_all(
+    requests: list[Request], teacher: Teacher, journal: Journal, concurrency: int, finish: Finish, keep_refused=False
+) -> int:
     """Ask for all that is not in ``journal.done``, at most ``concurrency`` at once, and write down each reply.
 
     finish: the fields of the journal's line, for example ``lambda request, reply: reply._asdict()``. It may be called
     by several threads at once.
+    keep_refused: write down what is refused for good too, as an empty reply, so that it is not asked in every run.
     Returns how many stayed unanswered, which may be asked again in another run. Raises Error as ``Teacher.ask`` does,
     and where HOPELESS requests in a row stayed unanswered; what came before has been written down.
     """
     waiting = [request for request in requests if request.key not in journal.done]
     at_once = min(concurrency, getattr(teacher, "at_once", concurrency), len(waiting))
-    progress, unanswered, in_a_row = Progress(len(requests), len(waiting), teacher), 0, 0
+    progress, unanswered = Progress(len(requests), len(waiting), teacher), 0
+    answered = any(not fields.get("refused") for fields in journal.done.values())
+    patience = Patience(max(HOPELESS, at_once), answered)
 
     def answer(request: Request) -> Outcome:
         try:
-            reply = teacher.ask(request)
+            reply = reply_to(request, teacher, keep_refused)
             journal.append(request.key, **finish(request, reply))
             return request, reply
         except Exception as error:
@@ -138,20 +144,50 @@ def ask_all(requests: list[Request], teacher: Teacher, journal: Journal, concurr
 
     with closing(in_turn(answer, waiting) if at_once < 2 else side_by_side(answer, waiting, at_once)) as outcomes:
         for request, reply in outcomes:
-            if isinstance(reply, Unanswered):
-                print(f"unanswered: {request.key}: {printable(str(reply))}", file=sys.stderr)
-                unanswered, in_a_row = unanswered + 1, in_a_row + 1
-                if in_a_row >= max(HOPELESS, at_once):
-                    problem = f"{in_a_row} requests in a row stayed unanswered, the last for: {printable(str(reply))}"
-                    raise Error(f"{problem}; what was answered is kept: give the same command again")
-            elif isinstance(reply, Exception):
-                raise reply
-            elif reply is not None:
-                in_a_row = 0
+            if isinstance(reply, Reply):
                 progress.count(reply)
+            elif isinstance(reply, Unanswered):
+                unanswered += 1
+            elif reply is not None:
+                raise reply
+            if reply is not None:
+                patience.weigh(request, reply)
             progress.show()
     progress.end()
     return unanswered
+
+
+def reply_to(request: Request, teacher: Teacher, keep_refused: bool) -> Reply:
+    """Raises Error and Unanswered as ``Teacher.ask`` does; with ``keep_refused`` a refusal for good is a reply."""
+    try:
+        return teacher.ask(request)
+    except Unanswered as error:
+        if not (keep_refused and error.for_good):
+            raise
+        return Reply("", 0, 0, refused=str(error))
+
+
+@dataclass
+class Patience:
+    """Ends after ``most`` requests in a row without an answer. What is refused for good counts only until the first
+    answer: later it may be single cases, and those that are not kept stand at the head of every run."""
+
+    most: int
+    answered: bool
+    in_a_row: int = 0
+
+    def weigh(self, request: Request, reply: Reply | Unanswered) -> None:
+        """Say what is no answer. Raises Error where that is one too many."""
+        reason = printable(reply.refused if isinstance(reply, Reply) else str(reply))
+        if not reason:
+            self.in_a_row, self.answered = 0, True
+            return
+        for_good = isinstance(reply, Reply) or reply.for_good
+        print(f"{'refused' if for_good else 'unanswered'}: {request.key}: {reason}", file=sys.stderr)
+        self.in_a_row += not (for_good and self.answered)
+        if self.in_a_row >= self.most:
+            problem = f"{self.in_a_row} requests in a row stayed unanswered, the last for: {reason}"
+            raise Error(f"{problem}; what was answered is kept: give the same command again")
 
 
 def in_turn(answer: Callable[[Request], Outcome], waiting: list[Request]) -> Iterator[Outcome]:

@@ -40,9 +40,8 @@ class LocalTeacher(Teacher):
         """Raises Unanswered where the prompt leaves no room for an answer."""
         prompt, _ = encode(turns(request.messages), self.model.tokenizer, TEMPLATE, images=0)
         if len(prompt) >= self.model.config.max_length:
-            raise Unanswered(
-                f"its prompt takes {len(prompt)} positions, and the model has {self.model.config.max_length}"
-            )
+            most = self.model.config.max_length
+            raise Unanswered(f"its prompt takes {len(prompt)} positions, and the model has {most}", for_good=True)
         sampling = replace(self.sampling, seed=zlib.crc32(request.key.encode()))
         (answer,) = generate(self.model, [prompt], None, sampling, TEMPLATE)
         return Reply(answer.text, len(prompt), len(answer.ids), cut=len(answer.ids) == answer.room)

@@ -55,7 +55,9 @@ class Run:
             del self.journal.done[key]
         requests = [Request(i.key, self.prompts.messages(i.kind, i.context), i.kind, i.context) for i in self.plan]
         try:
-            return ask_all(requests, self.teacher, self.journal, concurrency, lambda _, reply: reply._asdict())
+            return ask_all(
+                requests, self.teacher, self.journal, concurrency, lambda _, reply: reply._asdict(), keep_refused=True
+            )
         finally:
             self.write_rejected()
 
@@ -66,6 +68,8 @@ class Run:
             if reply := self.journal.done.get(item.key):
                 question = self.chance(item, "question").choice(self.prompts.detail)
                 try:
+                    if reply.get("refused"):
+                        raise Unusable(f"the teacher refuses it: {reply['refused']}")
                     good[item.key] = turns_of(item.kind, str(reply.get("text", "")), bool(reply.get("cut")), question)
                 except Unusable as error:
                     rejected[item.key] = str(error)

@@ -30,11 +30,19 @@ class Reply(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     cut: bool = False  # whether it ends where the teacher had to stop, at --max-tokens for example
+    refused: str = ""  # why there is none and, asked the same again, will be none
 
 
 class Unanswered(Exception):
     """A request stayed without an answer: all repetitions are used up, or none would help this one. Others may fare
-    better, and the same request may be asked again in another run."""
+    better, and the same request may be asked again in another run.
+
+    for_good: whether it is the request itself that is refused, which another time does not mend.
+    """
+
+    def __init__(self, reason: str, for_good: bool = False):
+        super().__init__(reason)
+        self.for_good = for_good
 
 
 class Teacher:

@@ -259,6 +259,34 @@ def test_some_that_stay_unanswered_are_told_with_status_1_and_asked_in_the_next_
     assert (tmp_path / "out/instruct.json").read_bytes() == (tmp_path / "fresh/instruct.json").read_bytes()
 
 
+def test_what_is_refused_for_good_is_rejected_with_the_reason_and_stands_in_no_way(contexts, tmp_path, capsys):
+    """The restart after a kill has all earlier refusals at its head, more than it takes to give up."""
+    refusing = ["400"]
+
+    def script(messages: list[dict], before: int) -> str:
+        if messages[-1]["content"].split("\n")[0][-2:] in ("2.", "5.", "8.") and refusing:
+            return refusing[0]
+        return "401" if len(server.asked) > most[0] else "answer"
+
+    most = [50]
+    with TeacherServer(script=script) as server:
+        assert run(server, contexts, tmp_path / "out", "--concurrency", 1) == 2
+        most[0] = 1000
+        assert run(server, contexts, tmp_path / "out", "--concurrency", 1) == 0
+        told = capsys.readouterr()
+        lines = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
+        assert len(lines) > 10 and f"rejected: {len(lines)}, see" in told.out and "unanswered:" not in told.out
+        assert all(line["reason"].startswith("the teacher refuses it: 400 Bad Request") for line in lines)
+        assert KEY not in (tmp_path / "out/rejected.jsonl").read_text() + told.err
+        asked = sum(server.asked.values())
+        assert run(server, contexts, tmp_path / "out") == 0 and sum(server.asked.values()) == asked
+        assert run(server, contexts, tmp_path / "fresh") == 0
+        assert (tmp_path / "out/instruct.json").read_bytes() == (tmp_path / "fresh/instruct.json").read_bytes()
+        refusing.clear()
+        assert run(server, contexts, tmp_path / "out", "--ask-again") == 0
+    assert len(records_of(tmp_path / "out")) == 62
+
+
 # ---------------------------------------------------------------- what no repetition mends, and the key
 
 
