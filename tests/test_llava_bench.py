@@ -18,6 +18,7 @@ from nanollava.evaluate.__main__ import main
 from nanollava.evaluate.llava_bench import parse_scores, relative_score
 from nanollava.instruct.teacher import Reply, Request, Teacher, Unanswered
 from nanollava.miniature.scenes import draw, random_scene
+from nanollava.train.keep import alone
 
 MINIATURE = Path(__file__).parents[1] / "weights" / "miniature"
 
@@ -415,6 +416,22 @@ def test_reviews_cut_off_anywhere_are_finished(bench, appoint, capsys):
         teacher = appoint(lambda request: f"1{request.key} 6\nReasons.")
         assert judge(bench) == 0 and (bench / "reviews.jsonl").read_bytes() == whole
         assert len(teacher.asked) == 4 - sum(line <= end for line in lines[1:])
+
+
+def test_two_judgements_into_one_file_are_one_too_many(bench, appoint, capsys):
+    teacher = appoint(lambda request: "8 6")
+    with alone(bench / "reviews.jsonl"):
+        assert judge(bench) == 2
+    assert "reviews.jsonl: another run is writing to it" in capsys.readouterr().err
+    assert teacher.asked == [] and not (bench / "reviews.jsonl").exists()
+    assert judge(bench) == 0
+
+
+def test_two_models_that_answer_into_one_file_are_one_too_many(pictures, capsys):
+    with alone(pictures / "out"):
+        assert answer(pictures, pictures / "out") == 2
+    assert "out: another run is writing to it" in capsys.readouterr().err and not (pictures / "out").exists()
+    assert answer(pictures, pictures / "out") == 0
 
 
 def test_a_language_model_in_a_folder_can_judge(bench, scripted_model, capsys):

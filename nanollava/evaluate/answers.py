@@ -27,6 +27,7 @@ from nanollava.instruct.journal import Journal
 from nanollava.llava import Llava
 from nanollava.tokenizer import IMAGE_TOKEN
 from nanollava.train.features import as_bytes
+from nanollava.train.keep import alone
 from nanollava.train.loop import minutes
 
 TELL_EVERY = 10  # seconds
@@ -58,7 +59,7 @@ def answer_all(args: argparse.Namespace, asked: list[Asked]) -> None:
     """Answer what ``args.out`` does not answer yet, with the model and the options that ``args`` name.
 
     Raises Error, before the first answer, where an image is missing, a question leaves the model no room, or the file
-    holds answers of another model, to other questions or made otherwise.
+    holds answers of another model, to other questions or made otherwise, or another run writes to it.
     """
     sampling = Sampling(max_new_tokens=args.max_new_tokens)
     if args.batch_size < 1:
@@ -68,7 +69,7 @@ def answer_all(args: argparse.Namespace, asked: list[Asked]) -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model = load(args.model, device, dtype, args.vision, args.base)
     made_by = {"model_id": args.model.resolve().name, "metadata": how(model, sampling)}
-    with Journal(args.out) as journal:
+    with alone(args.out), Journal(args.out) as journal:
         check_resumed(args.out, journal.done, {str(a.id): made_by | {"prompt": a.prompt} for a in asked})
         waiting = [a for a in asked if str(a.id) not in journal.done]
         for a, text in answers(model, waiting, args.batch_size, sampling):
