@@ -22,7 +22,7 @@ from nanollava.instruct.messages import FOLDER, KINDS, estimate, read_prompts
 from nanollava.instruct.plan import make_plan, most_records, shares
 from nanollava.instruct.replies import Unusable, turns_of
 from nanollava.instruct.rules import RuleTeacher
-from nanollava.instruct.teacher import Request, Unanswered
+from nanollava.instruct.teacher import Reply, Request, Unanswered
 from nanollava.llava import LlavaConfig
 from nanollava.miniature import language, world
 from nanollava.miniature.scenes import Scene, Thing, random_scene
@@ -507,6 +507,8 @@ def test_with_a_temperature_each_key_draws_its_own_and_always_the_same(trainer):
     requests = [Request(key, [{"role": "user", "content": "What?"}]) for key in "abcd"]
     replies = [first.ask(request).text for request in requests]
     assert replies == [second.ask(request).text for request in requests[::-1]][::-1] and len(set(replies)) > 2
+    anew = [[t.ask(Request("a", requests[0].messages, attempt=n)).text for n in range(6)] for t in (first, second)]
+    assert anew[0] == anew[1] and anew[0][0] == replies[0] and len(set(anew[0])) > 2
 
 
 def test_a_folder_is_a_teacher_on_the_command_line(scripted_model, drawn, tmp_path, capsys):
@@ -595,6 +597,41 @@ def test_what_is_rejected_is_kept_counted_and_asked_for_again(drawn, tmp_path, m
     assert (tmp_path / "out/rejected.jsonl").read_text() == ""
     assert run(*words, "--out", tmp_path / "fresh") == 0
     assert contents(tmp_path / "out")["instruct.json"] == contents(tmp_path / "fresh")["instruct.json"]
+
+
+def test_asked_again_old_replies_stay_until_new_ones_come_and_their_tokens_count(drawn, tmp_path, monkeypatch, capsys):
+    """20 replies of 100 and 10 tokens, of which 10 are rejected; of these 9 are answered anew, then the last."""
+    words, ask = ("--world", drawn, "--out", tmp_path / "out", "--records", 20), RuleTeacher.ask
+    mended, silent, attempts = [False], [], Counter()
+
+    def costly(self, request):
+        attempts[request.attempt] += 1
+        if request.key in silent:
+            raise Unanswered("503 Service Unavailable")
+        text = ask(self, request).text
+        return Reply(text if mended[0] or request.kind != "reasoning" else text.replace("===", "***"), 100, 10)
+
+    monkeypatch.setattr(RuleTeacher, "ask", costly)
+    assert run(*words) == 0 and "Tokens: 2,000 read and 200 written" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
+    mended[0] = True
+    silent.append(lines[3]["key"])
+    assert run(*words, "--ask-again") == 1
+    told = capsys.readouterr().out
+    assert "Tokens: 2,900 read and 290 written" in told and "rejected: 1, see" in told and "unanswered: 1;" in told
+    assert json.loads((tmp_path / "out/rejected.jsonl").read_text()) == lines[3]
+    silent.clear()
+    assert run(*words, "--ask-again") == 0 and "Tokens: 3,000 read and 300 written" in capsys.readouterr().out
+    assert run(*words, "--ask-again") == 0 and "Tokens: 3,000 read and 300 written" in capsys.readouterr().out
+    assert attempts == {0: 20, 1: 11}
+
+
+def test_each_attempt_has_a_number(drawn, tmp_path, monkeypatch, capsys):
+    """By which a teacher that draws can draw anew, in another process too."""
+    words, numbers = ("--world", drawn, "--out", tmp_path / "out", "--records", 1), []
+    monkeypatch.setattr(RuleTeacher, "ask", lambda self, request: numbers.append(request.attempt) or Reply("", 0, 0))
+    assert [run(*words, *more) for more in ((), ["--ask-again"], (), ["--ask-again"])] == [2] * 4
+    assert numbers == [0, 1, 2] and len((tmp_path / "out/replies.jsonl").read_text().splitlines()) == 3
 
 
 def test_where_the_mark_stands_depends_on_seed_and_key_alone(drawn, tmp_path):

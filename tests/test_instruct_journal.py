@@ -28,6 +28,7 @@ def test_what_is_written_is_there_at_once_and_in_the_next_journal(tmp_path):
         again.append("a", text="anew")
     with Journal(file) as later:
         assert later.done["a"] == {"text": "anew"} and list(later.done) == ["a", "b"]
+        assert later.replaced == again.replaced == {"a": [{"text": "Eins\nzwei \u2028 \u00fc", "tokens": 3}]}
     with pytest.raises(ValueError):
         later.append("c")
     assert file.read_text().count("\n") == 3

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ HOPELESS = 10  # requests in a row without an answer, after which nothing more i
 class Journal:
     """JSON lines in a file, one for each finished key; of two lines with one key the later one counts.
 
-    done: what was written under each key, without the key. A last line that a kill cut short is dropped, from the file
-    too. Raises Error naming file and line for one that is damaged elsewhere, for a file that is no journal, which stays
-    as it is, and where the disk refuses.
+    done: what was written under each key, without the key; replaced: what was written under it before.
+    A last line that a kill cut short is dropped, from the file too. Raises Error naming file and line for one that is
+    damaged elsewhere, for a file that is no journal, which stays as it is, and where the disk refuses.
     """
 
     def __init__(self, file: Path):
@@ -45,7 +46,15 @@ class Journal:
         if None in read:
             self._refuse(lines, read)
         os.truncate(file, self.size)
-        self.done: dict[str, dict] = {fields.pop("key"): fields for fields in read}
+        self.done: dict[str, dict] = {}
+        self.replaced: defaultdict[str, list[dict]] = defaultdict(list)
+        for fields in read:
+            self._keep(fields.pop("key"), fields)
+
+    def _keep(self, key: str, fields: dict) -> None:
+        if key in self.done:
+            self.replaced[key].append(self.done[key])
+        self.done[key] = fields
 
     @staticmethod
     def _read(line: bytes) -> dict | None:
@@ -79,7 +88,7 @@ class Journal:
                 remedy = "mend that and give the same command again: what is in it counts"
                 raise Error(f"{self.file}: cannot be written ({reason}); {remedy}")
             self.size += len(line)
-            self.done[key] = fields
+            self._keep(key, fields)
 
     def _flush(self) -> None:
         os.fsync(self.raw.fileno())
@@ -120,7 +129,8 @@ Outcome = tuple[Request, Reply | Exception]
 def ask_all(
     requests: list[Request], teacher: Teacher, journal: Journal, concurrency: int, finish: Finish, keep_refused=False
 ) -> int:
-    """Ask for all that is not in ``journal.done``, at most ``concurrency`` at once, and write down each reply.
+    """Ask for all that is not in ``journal.done`` or is a further attempt, ``concurrency`` of them at once, and write
+    down each reply.
 
     finish: the fields of the journal's line, for example ``lambda request, reply: reply._asdict()``. It may be called
     by several threads at once.
@@ -128,7 +138,7 @@ def ask_all(
     Returns how many stayed unanswered, which may be asked again in another run. Raises Error as ``Teacher.ask`` does,
     and where HOPELESS requests in a row stayed unanswered; what came before has been written down.
     """
-    waiting = [request for request in requests if request.key not in journal.done]
+    waiting = [request for request in requests if request.attempt or request.key not in journal.done]
     at_once = min(concurrency, getattr(teacher, "at_once", concurrency), len(waiting))
     progress, unanswered = Progress(len(requests), len(waiting), teacher), 0
     answered = any(not fields.get("refused") for fields in journal.done.values())

@@ -20,7 +20,7 @@ TEMPLATE = "vicuna_v1"
 
 
 class LocalTeacher(Teacher):
-    """temperature 0 takes the likeliest words; above it, each key draws its own, the same in every run.
+    """temperature 0 takes the likeliest words; above it, each attempt at a key draws its own, the same in every run.
 
     Raises Error for a folder that cannot be read or has no tokenizer.
     """
@@ -42,7 +42,8 @@ class LocalTeacher(Teacher):
         if len(prompt) >= self.model.config.max_length:
             most = self.model.config.max_length
             raise Unanswered(f"its prompt takes {len(prompt)} positions, and the model has {most}", for_good=True)
-        sampling = replace(self.sampling, seed=zlib.crc32(request.key.encode()))
+        drawn = f"{request.key} {request.attempt}" if request.attempt else request.key
+        sampling = replace(self.sampling, seed=zlib.crc32(drawn.encode()))
         (answer,) = generate(self.model, [prompt], None, sampling, TEMPLATE)
         return Reply(answer.text, len(prompt), len(answer.ids), cut=len(answer.ids) == answer.room)
 

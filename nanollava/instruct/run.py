@@ -51,9 +51,11 @@ class Run:
 
     def ask(self, concurrency: int, again: bool = False) -> int:
         """Ask for all that is missing, with ``again`` also for what was rejected; how many stayed unanswered."""
-        for key in self.results()[1] if again else ():
-            del self.journal.done[key]
-        requests = [Request(i.key, self.prompts.messages(i.kind, i.context), i.kind, i.context) for i in self.plan]
+        attempts = {key: 1 + len(self.journal.replaced[key]) for key in self.results()[1]} if again else {}
+        requests = [
+            Request(i.key, self.prompts.messages(i.kind, i.context), i.kind, i.context, attempts.get(i.key, 0))
+            for i in self.plan
+        ]
         try:
             return ask_all(
                 requests, self.teacher, self.journal, concurrency, lambda _, reply: reply._asdict(), keep_refused=True
@@ -120,8 +122,9 @@ class Run:
         return "\n".join(lines)
 
     def tokens(self) -> str:
-        """What the replies of the plan took."""
-        replies = [self.journal.done[item.key] for item in self.plan if item.key in self.journal.done]
+        """What the replies to the plan took, those included that others have replaced."""
+        done, replaced = self.journal.done, self.journal.replaced
+        replies = [r for i in self.plan if i.key in done for r in (*replaced[i.key], done[i.key])]
         read, written = (sum(reply.get(f"{name}_tokens", 0) for reply in replies) for name in ("prompt", "completion"))
         return f"Tokens: {read:,} read and {written:,} written by {self.teacher.name}"
 

@@ -23,6 +23,7 @@ class Request:
     messages: list[dict]  # OpenAI chat messages: {"role": "system", "user" or "assistant", "content": text}
     kind: str = ""  # conversation, detail, reasoning, judge, ...
     context: Context | None = None  # captions and boxes, for the rule-based teacher, which reads no prose
+    attempt: int = 0  # how many replies came before; above 0 it is asked although there is one
 
 
 class Reply(NamedTuple):
