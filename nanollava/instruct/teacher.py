@@ -31,7 +31,7 @@ class Reply(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     cut: bool = False  # whether it ends where the teacher had to stop, at --max-tokens for example
-    refused: str = ""  # why there is none and, asked the same again, will be none
+    refused: str = ""  # why the teacher, or a filter that it stands behind, gives none
 
 
 class Unanswered(Exception):
@@ -70,11 +70,17 @@ def add_teacher_options(parser: argparse.ArgumentParser) -> None:
     add("--base-url", default=OPENAI, metavar="URL", help=f"of an OpenAI-compatible endpoint ({OPENAI})")
     add("--teacher-model", metavar="NAME", help="which model the endpoint shall take; the key is in OPENAI_API_KEY")
     add("--concurrency", type=int, default=8, help="requests to an endpoint at once (8)")
-    add("--temperature", type=float, help="how varied answers are; default: the endpoint's own, 0 for a FOLDER")
+    varied = "how varied answers are; default is the endpoint's own, 0 for a FOLDER (%(default)s)"
+    add("--temperature", type=temperature, default="default", metavar="NUMBER", help=varied)
     add("--max-tokens", type=int, default=1024, help="longest answer (1024)")
     add("--timeout", type=float, default=120.0, help="seconds to wait for an answer before asking again (120)")
     add("--retries", type=int, default=8, help="how often a request that failed is repeated (8)")
     add("--retry-pause", type=float, default=1.0, help="seconds before the first repetition; each time twice that (1)")
+
+
+def temperature(word: str) -> float | None:
+    """A number; None for "default", by which a command line takes back what its command has set."""
+    return None if word == "default" else float(word)
 
 
 def open_teacher(args: argparse.Namespace) -> Teacher:

@@ -200,7 +200,7 @@ def test_options_go_with_the_request_and_newer_models_get_the_newer_name():
     with TeacherServer(
         script=lambda messages, before: "400 max_completion_tokens" if before < 1 else "answer"
     ) as server:
-        teacher = teacher_at(server, temperature=0.2, max_tokens=77, retries=1)
+        teacher = teacher_at(server, temperature=0.2, max_tokens=77, retries=0)
         assert teacher.ask(ASKED).text and teacher.ask(ASKED).text
     expected = {"model": "loopback", "messages": ASKED.messages, "temperature": 0.2}
     assert server.bodies == [expected | {"max_tokens": 77}] + [expected | {"max_completion_tokens": 77}] * 2
@@ -219,8 +219,9 @@ def test_as_many_requests_at_once_as_allowed_and_never_more(contexts, tmp_path):
 
 
 def test_replies_that_cannot_be_parsed_are_kept_counted_and_asked_again(contexts, tmp_path, capsys):
-    actions = {"1.": "empty", "2.": "separators", "3.": "length"}
-    reasons = {"1.": "it is empty", "2.": "wrong separators", "3.": "it was cut off: ask again with more --max-tokens"}
+    actions = {"1.": "empty", "2.": "separators", "3.": "length", "4.": "content_filter"}
+    reasons = {"1.": "it is empty", "2.": "wrong separators", "3.": "it was cut off: ask again with more --max-tokens",
+               "4.": "the teacher refuses it: the endpoint's content filter held it back"}  # fmt: skip
     words = ("--kinds", "conversation")
 
     def script(messages: list[dict], before: int) -> str:
@@ -229,13 +230,13 @@ def test_replies_that_cannot_be_parsed_are_kept_counted_and_asked_again(contexts
     with TeacherServer(script=script) as server:
         assert run(server, contexts, tmp_path / "out", *words) == 0
         told = capsys.readouterr().out
-        assert re.search(r"conversation +30 +27 +3 +2\.00\n", told) and "rejected: 3, see" in told
+        assert re.search(r"conversation +30 +26 +4 +2\.00\n", told) and "rejected: 4, see" in told
         lines = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
         found = {f"{int(line['key'].partition('-')[0])}.": line["reason"] for line in lines}
         assert set(found) == set(reasons) and all(found[name].startswith(reasons[name]) for name in reasons)
         assert run(server, contexts, tmp_path / "out", *words) == 0 and sum(server.asked.values()) == 30
         actions.clear()
-        assert run(server, contexts, tmp_path / "out", *words, "--ask-again") == 0 and sum(server.asked.values()) == 33
+        assert run(server, contexts, tmp_path / "out", *words, "--ask-again") == 0 and sum(server.asked.values()) == 34
         assert run(server, contexts, tmp_path / "fresh", *words) == 0
     assert len(records_of(tmp_path / "out")) == 30
     assert (tmp_path / "out/instruct.json").read_bytes() == (tmp_path / "fresh/instruct.json").read_bytes()
