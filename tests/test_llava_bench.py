@@ -346,6 +346,9 @@ def test_reviews_are_not_mixed_with_those_of_other_answers_rules_or_judges(bench
     assert judge(bench) == 2
     assert "another \"teacher\" ('a judge on the bench', now 'another judge')" in capsys.readouterr().err
     monkeypatch.undo()
+    appoint(lambda request: "8 6").temperature = 0.7
+    assert judge(bench) == 2
+    assert 'another "temperature" (None, now 0.7)' in capsys.readouterr().err
     write_lines(bench / "questions.jsonl", QUESTIONS[:3])
     for name in ("answers.jsonl", "reference.jsonl"):
         edit(name, lambda rows: rows.__setitem__(slice(None), [r for r in rows if r["question_id"] != 3]))(bench)
@@ -441,7 +444,13 @@ def test_a_language_model_in_a_folder_can_judge(bench, scripted_model, capsys):
     save_language(model.language, model.tokenizer, bench / "vicuna")
     assert judge(bench, f"--teacher={bench / 'vicuna'}") == 0
     assert cells(capsys.readouterr().out)["m"] == ["75.0"] * 4
-    assert {row["teacher"] for row in read_lines(bench / "reviews.jsonl")} == {"vicuna (a local model)"}
+    (teacher,) = {row["teacher"] for row in read_lines(bench / "reviews.jsonl")}
+    assert re.fullmatch(r"vicuna \(a local model, weights [0-9a-f]{8}\)", teacher)
+    assert {row["temperature"] for row in read_lines(bench / "reviews.jsonl")} == {0.2}
+    model.language.norm.weight.data *= 2
+    save_language(model.language, model.tokenizer, bench / "other" / "vicuna")
+    assert judge(bench, f"--teacher={bench / 'other' / 'vicuna'}") == 2
+    assert 'was made with another "teacher"' in capsys.readouterr().err
 
 
 def test_the_rules_of_the_drawn_world_cannot_judge(bench, capsys):

@@ -9,7 +9,6 @@ import hashlib
 import json
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from nanollava.images import check_image, open_image, preprocess
 from nanollava.instruct.journal import Journal
 from nanollava.llava import Llava
 from nanollava.tokenizer import IMAGE_TOKEN
-from nanollava.train.features import as_bytes
+from nanollava.train.features import fingerprint
 from nanollava.train.keep import alone
 from nanollava.train.loop import minutes
 
@@ -134,14 +133,6 @@ def check_images(asked: list[Asked]) -> None:
 def how(model: Llava, sampling: Sampling) -> dict[str, object]:
     """What else than its name and the questions decides the answers of a model."""
     return {"template": template(model), "max_new_tokens": sampling.max_new_tokens, "weights": fingerprint(model)}
-
-
-def fingerprint(model: Llava) -> str:
-    """Eight hexadecimal digits that tell other weights from these: a checksum of the first numbers of each tensor."""
-    value = 0
-    for tensor in model.state_dict().values():
-        value = zlib.crc32(as_bytes(tensor.flatten()[:256]), value)
-    return f"{value:08x}"
 
 
 def digest(content: object) -> str:

@@ -43,7 +43,8 @@ def ask_for_all(
     """
     teacher = open_teacher(args)
     requests = [request for request, _ in items]
-    known = {r.key: fields | {"teacher": teacher.name, "request": digest(r.messages)} for r, fields in items}
+    asked = {"teacher": teacher.name, "temperature": teacher.temperature}
+    known = {r.key: fields | asked | {"request": digest(r.messages)} for r, fields in items}
 
     def finish(request: Request, reply: Reply) -> dict:
         costs = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}

@@ -48,8 +48,8 @@ class EndpointTeacher(Teacher):
         retries: int = 8,
         pause: float = 1.0,
     ):
-        self.library, self.key = library(), read_key(base_url)
-        self.name = f"{model} at {urlsplit(base_url).hostname}"
+        self.library, self.key, address = library(), read_key(base_url), urlsplit(base_url)
+        self.name = f"{model} at {address.hostname}{f':{address.port}' if address.port else ''}"
         self.model, self.temperature, self.max_tokens = model, temperature, max_tokens
         self.retries, self.pause, self.timeout = retries, pause, timeout
         self.limit = "max_tokens"  # what the endpoint calls the longest answer; newer models know another name

@@ -14,6 +14,7 @@ from nanollava.instruct.teacher import Reply, Request, Teacher, Unanswered
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.sampling import Sampling
 from nanollava.tokenizer import load_tokenizer, need_tokenizer
+from nanollava.train.features import fingerprint
 from nanollava.vit import VisionConfig
 
 TEMPLATE = "vicuna_v1"
@@ -26,10 +27,11 @@ class LocalTeacher(Teacher):
     """
 
     def __init__(self, folder: Path, temperature: float, max_tokens: int):
-        self.name = f"{last_good(folder).resolve().name} (a local model)"
+        self.temperature = temperature
         self.sampling = Sampling(temperature, max_new_tokens=max_tokens)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         language, tokenizer = load_language(folder, device), need_tokenizer(load_tokenizer(last_good(folder)))
+        self.name = f"{last_good(folder).resolve().name} (a local model, weights {fingerprint(language)})"
         config = LlavaConfig(VisionConfig(), language.config, max_length=language.config.max_position_embeddings)
         with torch.device("meta"):  # generate takes a LLaVA; nobody will look at a picture
             self.model = Llava(config, tokenizer)

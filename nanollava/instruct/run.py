@@ -1,6 +1,6 @@
 """One run of data generation in its folder.
 
-OUT/settings.json    what the run is made with; the same folder takes no other seed, teacher, prompts or input
+OUT/settings.json    what the run is made with: seed, teacher, temperature, prompts, input; the folder takes no others
 OUT/replies.jsonl    the journal: each reply as it came, written at once
 OUT/rejected.jsonl   the replies that cannot become records, with the reason
 OUT/instruct.json    the records in the official format, in the order of the plan: written at the end
@@ -21,7 +21,7 @@ from nanollava.instruct.plan import Item
 from nanollava.instruct.replies import Turn, Unusable, record_of, turns_of
 from nanollava.instruct.teacher import Request, Teacher
 
-OF = {"seed": "--seed", "teacher": "--teacher", "prompts": "--prompts", "input": "captions and boxes"}
+OF = {name: f"--{name}" for name in ("seed", "teacher", "temperature", "prompts")} | {"input": "captions and boxes"}
 
 
 class Run:
@@ -38,6 +38,7 @@ class Run:
         settings = {
             "seed": seed,
             "teacher": teacher.name,
+            "temperature": teacher.temperature,
             "prompts": prompts.checksum,
             "input": hashlib.sha256(repr(contexts).encode()).hexdigest()[:16],
         }

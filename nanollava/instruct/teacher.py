@@ -50,10 +50,12 @@ class Teacher:
     """Answers requests, ``at_once`` of them at most, each in a thread of its own.
 
     name: which one it is, as the files have it; it never holds a key.
+    temperature: how varied its answers are, as the files have it too; None where nothing was asked for.
     trouble: why it last had to repeat a request, for the progress line.
     """
 
     name: str
+    temperature: float | None = None
     at_once = 1
     trouble = ""
 

@@ -294,8 +294,8 @@ def test_what_is_refused_for_good_is_rejected_with_the_reason_and_stands_in_no_w
 @pytest.mark.parametrize(
     ("action", "words"),
     [
-        ("401", "loopback at 127.0.0.1: refuses the key (401 Unauthorized); set OPENAI_API_KEY"),
-        ("403", "loopback at 127.0.0.1: refuses the key (403 Forbidden)"),
+        ("401", r"loopback at 127.0.0.1:\d+: refuses the key \(401 Unauthorized\); set OPENAI_API_KEY"),
+        ("403", r"loopback at 127.0.0.1:\d+: refuses the key \(403 Forbidden\)"),
         ("404", "404 Not Found: .*check --teacher-model and --base-url"),
         ("429 insufficient_quota", "429 Too Many Requests, no quota is left"),
     ],
@@ -311,7 +311,7 @@ def test_a_wrong_key_or_model_ends_the_run_with_one_line_and_nothing_lost(action
         assert run(server, contexts, tmp_path / "out", "--concurrency", 1) == 2
         told = capsys.readouterr()
         errors = [line for line in told.err.splitlines() if line.startswith("error:")]
-        assert len(errors) == 1 and re.search(words.replace("(", r"\(").replace(")", r"\)"), errors[0]), told.err
+        assert len(errors) == 1 and re.search(words, errors[0]), told.err
         assert "Traceback" not in told.err and KEY not in told.err + told.out
         assert len((tmp_path / "out/replies.jsonl").read_text().splitlines()) == 20
         script_over = server.script
@@ -364,7 +364,25 @@ def test_a_local_endpoint_needs_no_key_and_no_secret_is_in_its_name(monkeypatch)
     assert all(map(is_local, ("localhost", "127.0.0.1", "::1", "10.0.0.3", "192.168.1.7", "gpu.local")))
     assert not any(map(is_local, ("api.openai.com", "8.8.8.8", "localhost.example.com")))
     named = EndpointTeacher("m", "http://user:secret@localhost:1/v1")
-    assert named.name == "m at localhost"
+    assert named.name == "m at localhost:1"
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert EndpointTeacher("m", "https://api.openai.com/v1").name == "m at api.openai.com"
+
+
+def test_one_folder_takes_no_replies_of_another_temperature_or_endpoint(contexts, tmp_path, capsys):
+    words = ("--records", 4, "--temperature", 0.5)
+    with TeacherServer() as server, TeacherServer() as other:
+        assert run(server, contexts, tmp_path / "out", *words) == 0
+        before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+        for problem, there, more in (
+            ("another temperature, 0.5 and not 0.7; give the same --temperature", server, (0.7,)),
+            ("another temperature, 0.5 and not None", server, ("default",)),
+            (f"another teacher, loopback at 127.0.0.1:{server.server_port} and not", other, (0.5,)),
+        ):
+            assert run(there, contexts, tmp_path / "out", *words, "--temperature", *more) == 2
+            assert problem in capsys.readouterr().err
+        assert before == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+        assert sum(server.asked.values()) == 4 and not other.asked
 
 
 # ---------------------------------------------------------------- kills and Ctrl-C
