@@ -384,7 +384,7 @@ def test_replies_become_turns():
         ("detail", "A \ud800.", "half of a character"),
         ("detail", GOOD, "a description alone was asked for"),
         ("detail", "Its bounding box is large.", "speaks of its sources: 'bounding box'"),
-        ("detail", "As the captions say, a cat.", "speaks of its sources: 'the captions'"),
+        ("detail", "As the captions say, a cat.", "speaks of its sources: 'the captions say'"),
         ("detail", "A cat at [0.1, 0.2, 0.3, 0.4].", "speaks of its sources: '[0.1'"),
         ("reasoning", GOOD, "it has 2 questions where one was asked for"),
     ],
@@ -392,6 +392,47 @@ def test_replies_become_turns():
 def test_replies_that_are_no_records_say_why(kind, text, reason):
     with pytest.raises(Unusable, match=re.escape(reason)):
         turns_of(kind, text)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "its bounding boxes overlap",
+        "the coordinates place the cat on the left",
+        "the cat is at coordinates (0.1, 0.2)",
+        "coordinates of the dog lie further right",
+        "with coordinates near the edge, the cup may fall",
+        "the given captions name a cat",
+        "in the provided descriptions there is a dog",
+        "the caption mentions a cat",
+        "The sentences do not tell the colour",
+        "these descriptions all suggest a party",
+        "according to the captions it rains",
+        "as described in the sentences, it rains",
+        "based on the caption, it rains",
+    ],
+)
+def test_talk_of_captions_and_boxes_is_found(words):
+    with pytest.raises(Unusable, match="speaks of its sources"):
+        turns_of("detail", f"A street. {words}.")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "He coordinates the traffic",
+        "Two people coordinate their steps, and their clothes are coordinated",
+        "The officer coordinates with a colleague",
+        "On the sign the captions are in French",
+        "The captions below the photographs in the museum are small",
+        "Under the drawing the caption reads Stop",
+        "A teacher points at the sentences on the blackboard",
+        "She compares the descriptions of two dishes on the menu",
+        "A box stands at the edge of the field, bound with string",
+    ],
+)
+def test_what_a_picture_may_show_is_no_talk_of_sources(words):
+    assert turns_of("detail", f"A street. {words}.", question="What?") == [("What?", f"A street. {words}.")]
 
 
 def test_a_reply_that_was_cut_off_is_none_however_good_it_looks():
