@@ -6,6 +6,7 @@ import random
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -337,6 +338,28 @@ def test_on_a_terminal_the_line_is_rewritten_elsewhere_it_comes_every_ten_second
         told = capsys.readouterr().err
         assert told.count("\r") == (31 if terminal else 0) and told.count("40  ") == expected + (not terminal)
         assert told.endswith("\n") and "30/40" in told
+
+
+@pytest.mark.parametrize("last", ["fatal", "interrupted", ""])
+def test_on_a_terminal_what_is_said_stands_below_the_progress_line(last, tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+
+    class Timed(Fake):
+        def ask(self, request: Request) -> Reply:
+            clock[0] += 1
+            if request.kind == "interrupted":
+                raise KeyboardInterrupt
+            return super().ask(request)
+
+    with Journal(tmp_path / "a.jsonl") as journal, suppress(Error, KeyboardInterrupt):
+        ask_all(requests(9, {3: "unanswered", 4: "unanswered", 8: last}), Timed(), journal, 1, fields)
+    lines = capsys.readouterr().err.split("\n")
+    assert [line for line in lines if line.startswith("unanswered: ")] == [
+        f"unanswered: k{number}: 500 Internal Server Error, 9 times" for number in (3, 4)
+    ]
+    assert (lines[-1] == "") == (last != "interrupted") and not any(line == "" for line in lines[:-1])
 
 
 def test_random_requests_in_random_order_come_out_the_same(tmp_path):

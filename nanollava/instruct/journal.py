@@ -139,10 +139,10 @@ def ask_all(
     and where HOPELESS requests in a row stayed unanswered; what came before has been written down.
     """
     waiting = [request for request in requests if request.attempt or request.key not in journal.done]
-    at_once = min(concurrency, getattr(teacher, "at_once", concurrency), len(waiting))
+    at_once = min(concurrency, teacher.at_once, len(waiting))
     progress, unanswered = Progress(len(requests), len(waiting), teacher), 0
     answered = any(not fields.get("refused") for fields in journal.done.values())
-    patience = Patience(max(HOPELESS, at_once), answered)
+    patience = Patience(progress, max(HOPELESS, at_once), answered)
 
     def answer(request: Request) -> Outcome:
         try:
@@ -152,7 +152,8 @@ def ask_all(
         except Exception as error:
             return request, error
 
-    with closing(in_turn(answer, waiting) if at_once < 2 else side_by_side(answer, waiting, at_once)) as outcomes:
+    came = in_turn(answer, waiting) if at_once < 2 else side_by_side(answer, waiting, at_once)
+    with progress, closing(came) as outcomes:
         for request, reply in outcomes:
             if isinstance(reply, Reply):
                 progress.count(reply)
@@ -163,7 +164,7 @@ def ask_all(
             if reply is not None:
                 patience.weigh(request, reply)
             progress.show()
-    progress.end()
+        progress.end()
     return unanswered
 
 
@@ -182,6 +183,7 @@ class Patience:
     """Ends after ``most`` requests in a row without an answer. What is refused for good counts only until the first
     answer: later it may be single cases, and those that are not kept stand at the head of every run."""
 
+    progress: "Progress"
     most: int
     answered: bool
     in_a_row: int = 0
@@ -193,6 +195,7 @@ class Patience:
             self.in_a_row, self.answered = 0, True
             return
         for_good = isinstance(reply, Reply) or reply.for_good
+        self.progress.leave()
         print(f"{'refused' if for_good else 'unanswered'}: {request.key}: {reason}", file=sys.stderr)
         self.in_a_row += not (for_good and self.answered)
         if self.in_a_row >= self.most:
@@ -242,6 +245,7 @@ class Progress:
         self.done = self.before = total - waiting
         self.read = self.written = 0
         self.started = self.shown = time.monotonic()
+        self.begun = False  # whether a line stands there without its end
         self.terminal = sys.stderr is not None and sys.stderr.isatty()
 
     def count(self, reply: Reply) -> None:
@@ -256,11 +260,25 @@ class Progress:
             self.shown = now
             self._print(end="" if self.terminal else "\n")
 
+    def leave(self) -> None:
+        """End a line that stands there, so that something else can be printed below."""
+        if self.begun:
+            self.begun = False
+            print(file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not KeyboardInterrupt:  # what is said of Ctrl-C begins a line by itself
+            self.leave()
+
     def end(self) -> None:
         if self.done > self.before:
             self._print(end="\n")
 
     def _print(self, end: str) -> None:
+        self.begun = not end
         line = self.line(time.monotonic() - self.started)
         print(f"\r{line}\x1b[K" if self.terminal else line, end=end, file=sys.stderr, flush=True)
 
@@ -270,6 +288,5 @@ class Progress:
         rate = asked / max(seconds, 1e-9)
         left = f"{minutes((self.total - self.done) / rate)} left" if asked else "time left not known yet"
         tokens = f"{self.read:,} tokens read, {self.written:,} written"
-        trouble = getattr(self.teacher, "trouble", "")
-        again = f"  (repeating: {printable(trouble, 60)})" if trouble else ""
+        again = f"  (repeating: {printable(self.teacher.trouble, 60)})" if self.teacher.trouble else ""
         return f"{self.done:,}/{self.total:,}  {rate:.1f} replies/s  {tokens}  {left}{again}"
