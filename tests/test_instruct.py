@@ -15,7 +15,7 @@ from nanollava import checkpoint
 from nanollava.error import Error
 from nanollava.evaluate.miniature import parse_description
 from nanollava.instruct import __main__ as command
-from nanollava.instruct import messages
+from nanollava.instruct import brief, messages
 from nanollava.instruct.contexts import Context, read_coco, read_lines
 from nanollava.instruct.local import LocalTeacher
 from nanollava.instruct.messages import FOLDER, KINDS, estimate, read_prompts
@@ -721,6 +721,16 @@ def test_stage_1_gets_brief_questions_with_captions(drawn, tiny_tokenizer_file, 
     assert run("brief", "--captions", told, "--out", tmp_path / "other.json", "--seed", 1) == 0
     assert (tmp_path / "other.json").read_bytes() != out.read_bytes()
     assert f"--out {tmp_path}: is a folder" in refused(capsys, "brief", "--captions", told, "--out", tmp_path)
+
+
+def test_ctrl_c_in_brief_says_that_nothing_is_there(drawn, tmp_path, monkeypatch, capsys):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(brief, "record_of", interrupted)
+    words = ("--captions", drawn / "annotations/captions_train.json", "--out", tmp_path / "out.json")
+    assert run("brief", *words) == 130 and capsys.readouterr().err == "\nstopped: nothing was written\n"
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_without_openai_the_endpoint_says_what_to_install(drawn, tmp_path, monkeypatch, capsys):

@@ -399,7 +399,7 @@ def test_a_judgement_that_was_stopped_goes_on_and_asks_nobody_twice(bench, appoi
     appoint(stops)
     assert judge(bench) == 130
     assert len(read_lines(bench / "reviews.jsonl")) == 1
-    assert judge(bench) == 2
+    assert judge(bench) == 1
     assert "1 of 4 have no reply yet; the same command asks for them" in capsys.readouterr().err
     assert judge(bench) == 0
     assert sorted(read_lines(bench / "reviews.jsonl"), key=lambda row: row["question_id"]) == expected

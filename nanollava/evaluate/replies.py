@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from nanollava.error import Error
+from nanollava.error import Unfinished
 from nanollava.evaluate.answers import digest
 from nanollava.evaluate.lines import check_resumed
 from nanollava.instruct.journal import Journal, ask_all
@@ -38,8 +38,8 @@ def ask_for_all(
     """A reply to each request, as lines of ``args.out``: by key, complete.
 
     items: the requests, each with the fields of its line that are known before; read: those that a reply's text gives.
-    Raises Error where the file was made of other requests or by another teacher, or another run writes to it, and where
-    replies are missing in the end; what came is kept.
+    Raises Error where the file was made of other requests or by another teacher, or another run writes to it, and
+    Unfinished where replies are missing in the end; what came is kept.
     """
     teacher = open_teacher(args)
     requests = [request for request, _ in items]
@@ -56,6 +56,8 @@ def ask_for_all(
         missing = ask_all(requests, teacher, journal, args.concurrency, finish)
         done = dict(journal.done)
     if missing:
-        raise Error(f"{args.out}: {missing:,} of {len(requests):,} have no reply yet; the same command asks for them")
+        raise Unfinished(
+            f"{args.out}: {missing:,} of {len(requests):,} have no reply yet; the same command asks for them"
+        )
     print(f"{args.out}: {len(requests):,} replies of {teacher.name}, {new:,} of them new", file=sys.stderr)
     return done

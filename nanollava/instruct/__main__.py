@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return command(argv[1:]) if command else generate(arguments(argv))
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from here", file=sys.stderr)
+        kept = "nothing was written" if command else "the same command goes on from here"
+        print(f"\nstopped: {kept}", file=sys.stderr)
         return 130
     except Exception as error:
         return say(error)
