@@ -203,13 +203,16 @@ LINE = {"id": "42", "image": "a.jpg", "captions": ["A cat."], "instances": [{"ca
         (json.dumps(changed(LINE, "instances", {})), ", line 1: instances: must be a list"),
         (json.dumps(changed(LINE, "instances/0/category", None)), ", line 1: instances[0].category: missing"),
         (json.dumps(changed(LINE, "instances/0/bbox", None)), ", line 1: instances[0]: bbox: give four numbers"),
-        (json.dumps(changed(LINE, "instances/0/bbox", [0, 0, 640, 480])), "not inside of its image"),
+        (
+            json.dumps(changed(LINE, "instances/0/bbox", [0, 0, 640, 480])),
+            ", line 1: instances[0]: bbox [0, 0, 640, 480] is not inside of its image",
+        ),
     ],
 )
 def test_json_lines_that_are_wrong_are_told_by_line(lines, words, tmp_path, capsys):
     file = tmp_path / "contexts.jsonl"
     file.write_text(lines)
-    assert f"{file}{words}" in (line := refused(capsys, "--contexts", file, "--out", tmp_path / "o")) or words in line
+    assert f"{file}{words}" in refused(capsys, "--contexts", file, "--out", tmp_path / "o")
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,29 @@ for attempt in range(20):
 """
 
 
+ENDED = """
+import os, sys
+from pathlib import Path
+from nanollava.instruct import __main__ as command, run
+words, left, finish = sys.argv[1:-1], int(sys.argv[-1]), run.Run.finish
+def watch(place, name):
+    function = getattr(place, name)
+    def watched(*given, **named):
+        global left
+        if not left:
+            os.kill(os.getpid(), 9)
+        left -= 1
+        return function(*given, **named)
+    setattr(place, name, watched)
+def finish_watched(self, unanswered):  # killed as it opens the file, flushes it, renames it, and when it is there
+    for place, name in ((Path, "open"), (os, "fsync"), (Path, "replace"), (run.Run, "table")):
+        watch(place, name)
+    return finish(self, unanswered)
+run.Run.finish = finish_watched
+command.main(words)
+"""
+
+
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -403,8 +426,9 @@ def watched():
 
 
 def test_twenty_kills_at_random_moments_change_nothing(watched, contexts, tmp_path):
-    """Killed while it starts, asks, writes and ends; then it runs to its end. The file is that of a run that nobody
-    disturbed, no journal line is lost or there twice, and nothing is asked for again once its line is written."""
+    """Killed twenty times while it starts, asks and writes, then at each step of the end; then it runs to its end. The
+    file is that of a run that nobody disturbed, no journal line is lost or there twice, and nothing is asked for again
+    once its line is written."""
     lines = [json.loads(contexts.read_text().splitlines()[0]) | {"id": f"{n:012d}", "captions": [f"Picture {n}.", "A."]}
              for n in range(1, 121)]  # fmt: skip
     contexts.write_text("\n".join(map(json.dumps, lines)))
@@ -422,7 +446,15 @@ def test_twenty_kills_at_random_moments_change_nothing(watched, contexts, tmp_pa
     written = len(out.joinpath("replies.jsonl").read_bytes().split(b"\n")) - 1
     assert 20 < written < len(watched.names), told  # the kills did come in the middle of the work
     assert not (out / "instruct.json").exists() and "error" not in log.read_text(), told
+    whole = (tmp_path / "whole/instruct.json").read_bytes()
+    for last in range(4):
+        line = [sys.executable, "-c", ENDED, *words_for(watched, contexts, out, "--concurrency", 60), str(last)]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == -signal.SIGKILL, f"{last}: {done.stdout} {done.stderr}"
+        there = out.joinpath("instruct.json")
+        assert there.read_bytes() == whole if last == 3 else not there.exists(), last
     assert run(watched, contexts, out, "--concurrency", 60) == 0
+    assert not list(out.glob(".*.saving"))
     keys = [json.loads(text)["key"] for text in (out / "replies.jsonl").read_text().splitlines()]
     assert sorted(keys) == sorted(watched.names.values()), told
     assert watched.again == [], told
