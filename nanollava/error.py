@@ -14,6 +14,10 @@ class Error(Exception):
         self.kind = kind
 
 
+class Unfinished(Error):
+    """What is there is good, and the same command goes on with the rest: exit status 1."""
+
+
 def one_line(error: Exception) -> str | None:
     """What to say of an exception that is the user's or the machine's doing; None where it is a mistake of ours."""
     if isinstance(error, Error):
@@ -40,7 +44,7 @@ def say(error: Exception) -> int:
     if not (line := one_line(error)):
         raise error
     print(f"error: {line}", file=sys.stderr)
-    return 2
+    return 1 if isinstance(error, Unfinished) else 2
 
 
 def first_line(error: Exception) -> str:

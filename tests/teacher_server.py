@@ -26,7 +26,7 @@ class TeacherServer(ThreadingHTTPServer):
     answer: messages -> the text of a reply.
     script: (messages, how often they were asked before) -> what to do: "answer", "delay 0.5", "drop", "429", "429 2"
         (with Retry-After), "500", any other status, "cut JSON", "half" (of the announced bytes), "page" (HTML),
-        "empty", "nothing" (no choices), "separators", "length", or "echo" (the key comes back).
+        "empty", "nothing" (no choices), "separators", "length", "content_filter", or "echo" (the key comes back).
     before: called with the messages as soon as they are there.
     asked: how often the same messages came, by their JSON; at_once: the most that were under way at a time.
     """
@@ -105,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
                 "separators": text.replace("===", "---"),
                 "echo": f"{text} {self.headers.get('Authorization')}",
             }.get(what, text)
-            answer = self.completion(messages, text, "length" if what == "length" else "stop")
+            answer = self.completion(messages, text, what if what in ("length", "content_filter") else "stop")
             self.send(200, answer[: len(answer) // 2] if what == "cut" else answer, half=what == "half")
 
     def completion(self, messages: list[dict], text: str, reason: str) -> str:

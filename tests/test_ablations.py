@@ -18,6 +18,7 @@ from PIL import Image
 import train
 from nanollava.checkpoint import load
 from nanollava.evaluate import ablations, findings, variants
+from nanollava.evaluate.__main__ import main
 from nanollava.evaluate.variants import KEPT, TURNED, VARIANTS, chosen, conclusion_first, turned
 from nanollava.miniature import pretrain, recipe, world
 from nanollava.miniature.language import KINDS, ask, describe
@@ -47,7 +48,7 @@ def words(miniature: Path, out: Path, *more: object) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(miniature, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("ablations")
-    assert ablations.main(words(miniature, out)) == 0
+    assert main(["ablations", *words(miniature, out)]) == 0
     return out
 
 
@@ -99,9 +100,9 @@ def test_what_is_finished_is_not_done_again_and_more_seeds_are_added(miniature, 
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     before = (out / "results.md").read_text()
-    assert ablations.main(words(miniature, out)) == 0
+    assert main(["ablations", *words(miniature, out)]) == 0
     assert "python train.py" not in capsys.readouterr().out and (out / "results.md").read_text() == before
-    assert ablations.main([*words(miniature, out, "--only", "none"), "--seeds", "2"]) == 0
+    assert main(["ablations", *words(miniature, out, "--only", "none"), "--seeds", "2"]) == 0
     printed = capsys.readouterr().out
     assert "2 seeds" in (out / "results.md").read_text() and printed.count("python train.py stage2") == 1
     assert "--seed 1" in printed and not same_weights(out / "seed-0/all", out / "seed-1/all")
@@ -122,10 +123,10 @@ def test_interrupted_anywhere_the_same_command_goes_on_to_the_same_end(
 
         with monkeypatch.context() as patch:
             patch.setattr(ablations, "train_command", lambda command=command: command)
-            assert ablations.main(given) == 130
-        assert capsys.readouterr().err.strip() == "interrupted: go on with the same command"
+            assert main(["ablations", *given]) == 130
+        assert capsys.readouterr().err.strip() == "interrupted: the same command goes on where it stopped"
         assert len(calls) == last
-    assert ablations.main(given) == 0
+    assert main(["ablations", *given]) == 0
     for name in ("all", "answer-first"):
         assert same_weights(tmp_path / "out/seed-0" / name, finished / "seed-0" / name)
     runs = [json.loads((out / "results.json").read_text())["runs"] for out in (tmp_path / "out", finished)]
@@ -135,7 +136,7 @@ def test_interrupted_anywhere_the_same_command_goes_on_to_the_same_end(
 def test_killed_in_the_middle_it_goes_on(miniature, tmp_path, capsys):
     given = words(miniature, tmp_path / "out", "--only", "none")
     process = subprocess.Popen(
-        [sys.executable, "-m", "nanollava.evaluate.ablations", *given], stdout=subprocess.DEVNULL,
+        [sys.executable, "-m", "nanollava.evaluate", "ablations", *given], stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(train.__file__).parent,
     )  # fmt: skip
     while process.poll() is None and not (tmp_path / "out/seed-0/stage1/config.json").exists():
@@ -143,7 +144,7 @@ def test_killed_in_the_middle_it_goes_on(miniature, tmp_path, capsys):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "out/results.md").exists()
-    assert ablations.main(given) == 0
+    assert main(["ablations", *given]) == 0
     assert "python train.py stage1" not in capsys.readouterr().out
     assert load(tmp_path / "out/seed-0/all").config.stage == "stage2"
     assert not list((tmp_path / "out").rglob("*.saving"))
@@ -385,7 +386,7 @@ def test_the_picture_has_a_dot_for_each_seed_and_the_paper_s_diamond():
     (["--at-once", "0"], "--at-once is 0: it must be above 0"),
 ])  # fmt: skip
 def test_numbers_and_names_without_sense_are_one_line(more, told, miniature, tmp_path, capsys):
-    assert ablations.main([*words(miniature, tmp_path / "out"), *more]) == 2
+    assert main(["ablations", *words(miniature, tmp_path / "out"), *more]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(f"error: {told}") and printed.err.count("\n") == 1 and not printed.out
     assert not (tmp_path / "out").exists()
@@ -397,13 +398,13 @@ def test_a_folder_that_is_no_miniature_is_one_line(miniature, tmp_path, capsys):
         for part in set(ablations.PARTS) - {missing}:
             (folder / part).parent.mkdir(parents=True, exist_ok=True)
             (folder / part).symlink_to(miniature / part)
-        assert ablations.main(words(folder, tmp_path / "out")) == 2
+        assert main(["ablations", *words(folder, tmp_path / "out")]) == 2
         told = (
             f"error: {folder}: is no finished miniature, it has no {missing}; make one with  python train.py miniature"
         )
         assert capsys.readouterr().err.startswith(told)
     (tmp_path / "recipe.json/recipe.json").write_text("{}")
-    assert ablations.main(words(tmp_path / "recipe.json", tmp_path / "out")) == 2
+    assert main(["ablations", *words(tmp_path / "recipe.json", tmp_path / "out")]) == 2
     assert "the field 'language_steps' is None" in capsys.readouterr().err
 
 
@@ -412,26 +413,26 @@ def test_a_world_with_records_of_others_is_one_line(miniature, tmp_path, capsys)
     file = tmp_path / "other/world/instruct.json"
     kept = json.loads(file.read_text())
     file.write_text(json.dumps([kept[0], {name: kept[1][name] for name in ("id", "image", "conversations")}]))
-    assert ablations.main(words(tmp_path / "other", tmp_path / "out")) == 2
+    assert main(["ablations", *words(tmp_path / "other", tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert told.startswith(f"error: {file}: record number 1 has no kind") and told.count("\n") == 1
 
 
 def test_runs_of_another_setting_are_not_taken_for_these(miniature, finished, tmp_path, capsys):
     before = sorted(finished.rglob("*"))
-    assert ablations.main([*words(miniature, finished), "--steps", "4"]) == 2
+    assert main(["ablations", *words(miniature, finished), "--steps", "4"]) == 2
     assert capsys.readouterr().err.startswith(
         f"error: {finished} holds runs with another number of steps, or of another"
     )
     assert sorted(finished.rglob("*")) == before
     (tmp_path / "poem.txt").write_text("mine")
-    assert ablations.main(words(miniature, tmp_path)) == 2
+    assert main(["ablations", *words(miniature, tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}: holds other files; choose another --out\n"
 
 
 def test_without_train_py_it_says_so(miniature, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations.nanollava, "__file__", str(tmp_path / "site/nanollava/__init__.py"))
-    assert ablations.main(words(miniature, tmp_path / "out")) == 2
+    assert main(["ablations", *words(miniature, tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'site/train.py'}: no such file")
 
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from nanollava.instruct import balance, journal, phrases
-from nanollava.instruct.__main__ import main as instruct
-from nanollava.instruct.balance import choose, main
+from nanollava.instruct.__main__ import main
+from nanollava.instruct.balance import choose
 from nanollava.instruct.phrases import simple_phrases, spacy_phrases
 
 
@@ -180,7 +180,7 @@ def test_noun_chunks_of_spacy_are_made_one_by_case_and_pointing_words(monkeypatc
 )
 def test_what_spacy_lacks_is_one_line(module, words, told, records, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "spacy", module)
-    assert main([str(records), "--dry-run", "--finder", "spacy", *words]) == 2
+    assert main(["balance", str(records), "--dry-run", "--finder", "spacy", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --") and told in error and error.count("\n") == 1
 
@@ -213,7 +213,7 @@ def coco(tmp_path):
 def test_records_are_kept_as_they_are(records, tmp_path, capsys):
     """dog 4 times, cat 3 times; beach, snow and quokka once each."""
     out = tmp_path / "new" / "kept.json"
-    assert main([str(records), "--out", str(out)]) == 0
+    assert main(["balance", str(records), "--out", str(out)]) == 0
     before = json.loads(records.read_text())
     assert json.loads(out.read_text()) == [before[n] for n in (0, 1, 2, 3, 4, 6)]
     printed = capsys.readouterr().out
@@ -224,7 +224,7 @@ def test_records_are_kept_as_they_are(records, tmp_path, capsys):
 
 def test_captions_of_coco_stay_a_file_of_cocos(coco, tmp_path):
     out = tmp_path / "kept.json"
-    assert main([str(coco), "--out", str(out), "--least", "4"]) == 0
+    assert main(["balance", str(coco), "--out", str(out), "--least", "4"]) == 0
     kept, before = json.loads(out.read_text()), json.loads(coco.read_text())
     assert kept["annotations"] == [before["annotations"][n] for n in (0, 1, 2, 4)]
     assert kept["images"] == before["images"][:3] and kept["info"] == before["info"]
@@ -233,7 +233,7 @@ def test_captions_of_coco_stay_a_file_of_cocos(coco, tmp_path):
 def test_the_cap_and_the_seed(records, tmp_path):
     def kept(*words):
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
-        assert main([str(records), "--out", str(out), "--most", "1", *words]) == 0
+        assert main(["balance", str(records), "--out", str(out), "--most", "1", *words]) == 0
         return out.read_text()
 
     assert kept() == kept("--seed", "0") and len({kept("--seed", str(seed)) for seed in range(8)}) > 1
@@ -241,7 +241,7 @@ def test_the_cap_and_the_seed(records, tmp_path):
 
 
 def test_a_dry_run_writes_nothing(records, tmp_path, capsys):
-    assert main([str(records), "--dry-run"]) == 0
+    assert main(["balance", str(records), "--dry-run"]) == 0
     assert list(tmp_path.iterdir()) == [records] and "captions kept: 6 of 7" in capsys.readouterr().out
 
 
@@ -270,7 +270,7 @@ def test_bad_input_is_one_line(content, words, told, records, tmp_path, capsys):
     if told == "cannot be read":
         file.unlink()
     output = () if told.startswith("give --out") else ("--out", str(out))
-    assert main([str(file), *output, *words]) == 2
+    assert main(["balance", str(file), *output, *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and told in error and error.count("\n") == 1 and not out.exists()
 
@@ -279,10 +279,10 @@ def test_what_is_there_is_not_overwritten_and_a_disk_that_refuses_leaves_nothing
     records, tmp_path, capsys, monkeypatch
 ):
     content = records.read_text()
-    assert main([str(records), "--out", str(records)]) == 2
+    assert main(["balance", str(records), "--out", str(records)]) == 2
     assert "is there already" in capsys.readouterr().err and records.read_text() == content
     monkeypatch.setattr(journal.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left")))
-    assert main([str(records), "--out", str(tmp_path / "full.json")]) == 2
+    assert main(["balance", str(records), "--out", str(tmp_path / "full.json")]) == 2
     assert "full.json: cannot be written (No space left)" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [records]
 
@@ -292,16 +292,16 @@ def test_ctrl_c_writes_nothing(records, tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(balance, "choose", interrupted)
-    assert main([str(records), "--out", str(tmp_path / "out.json")]) == 130
+    assert main(["balance", str(records), "--out", str(tmp_path / "out.json")]) == 130
     assert "nothing was written" in capsys.readouterr().err and list(tmp_path.iterdir()) == [records]
 
 
 def test_as_it_is_typed(records, tmp_path, capsys):
     """A command of python -m nanollava.instruct, whose result is kept whole when it is given back to it."""
     with pytest.raises(SystemExit) as ended:
-        instruct(["balance", "--help"])
+        main(["balance", "--help"])
     assert ended.value.code == 0 and "--finder" in capsys.readouterr().out
     once, twice = tmp_path / "once.json", tmp_path / "twice.json"
-    assert instruct(["balance", str(records), "--out", str(once)]) == 0
-    assert instruct(["balance", str(once), "--out", str(twice)]) == 0
-    assert once.read_text() == twice.read_text() and instruct(["balance", str(once), "--out", str(twice)]) == 2
+    assert main(["balance", str(records), "--out", str(once)]) == 0
+    assert main(["balance", str(once), "--out", str(twice)]) == 0
+    assert once.read_text() == twice.read_text() and main(["balance", str(once), "--out", str(twice)]) == 2

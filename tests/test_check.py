@@ -4,6 +4,7 @@
 """
 
 import argparse
+import ast
 import collections
 import json
 import random
@@ -237,9 +238,11 @@ def test_errors_of_records_have_a_kind_that_the_table_knows():
     in the tests of the template and of the missing folder."""
     root = Path(check.__file__).parents[1]
     sources = [root / name for name in ("conversation.py", "images.py", "train/records.py")]
-    text = "".join(source.read_text() for source in sources)
-    kinds = set(re.findall(r'Error\(.*", "([a-z ]+)"\)', text)) | {"image missing", images.UNREADABLE}
-    assert kinds == set(REFUSED | DECODED)
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source.read_text()))]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Error"]
+    kinds = [kind for call in calls for kind in (call.args[1:] + [word.value for word in call.keywords])]
+    literal = {kind.value for kind in kinds if isinstance(kind, ast.Constant)}
+    assert literal | {"image missing", images.UNREADABLE} == set(REFUSED | DECODED)
 
 
 # ---------------------------------------------------------------- lengths

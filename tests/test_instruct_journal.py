@@ -6,6 +6,7 @@ import random
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def test_what_is_written_is_there_at_once_and_in_the_next_journal(tmp_path):
         again.append("a", text="anew")
     with Journal(file) as later:
         assert later.done["a"] == {"text": "anew"} and list(later.done) == ["a", "b"]
+        assert later.replaced == again.replaced == {"a": [{"text": "Eins\nzwei \u2028 \u00fc", "tokens": 3}]}
     with pytest.raises(ValueError):
         later.append("c")
     assert file.read_text().count("\n") == 3
@@ -62,6 +64,30 @@ def test_a_line_damaged_elsewhere_is_told_by_its_number(line, tmp_path):
         Journal(file)
     assert str(error.value).startswith(f"{file}, line 2: damaged") and "remove the line" in str(error.value)
     assert file.read_bytes() == before
+
+
+RECORDS = b'[{"id": "1", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]}]'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [RECORDS, RECORDS + b"\n", b'{"question_id": 1, "text": "A."}', b'{"a": 1}\n{"b": 2', b"notes", b"\xff\0\1", b"\n"],
+)
+def test_a_file_that_is_no_journal_stays_as_it_is(content, tmp_path):
+    """Above all records on one line without a line's end, which look like a line that a kill cut short."""
+    file = tmp_path / "train.json"
+    file.write_bytes(content)
+    with pytest.raises(Error, match=r"train.json: is no journal of replies or answers; choose another --out"):
+        Journal(file)
+    assert file.read_bytes() == content
+
+
+def test_what_stands_behind_a_journal_and_is_no_beginning_of_a_line_stays(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"key": "a"}\n' + RECORDS)
+    with pytest.raises(Error, match="line 2: damaged"):
+        Journal(file)
+    assert file.read_bytes() == b'{"key": "a"}\n' + RECORDS
 
 
 def test_many_threads_write_whole_lines(tmp_path):
@@ -150,6 +176,8 @@ class Fake(Teacher):
             self.under_way -= 1
         if request.kind == "unanswered":
             raise Unanswered("500 Internal Server Error, 9 times")
+        if request.kind == "refused":
+            raise Unanswered("400 Bad Request: too long", for_good=True)
         if request.kind == "fatal":
             raise Error("fake: refuses the key")
         if request.kind == "mistake":
@@ -217,6 +245,40 @@ def test_answers_in_between_let_it_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("keep", [True, False])
+def test_scattered_refusals_stand_in_no_restart_s_way(keep, concurrency, tmp_path, capsys):
+    """600 requests, every 20th refused for good; stopped after 400. Kept or not, what comes is what an undisturbed run
+    leaves; kept, none is asked for again."""
+    kinds, first = dict.fromkeys(range(0, 600, 20), "refused"), dict.fromkeys(range(400, 600), "fatal")
+    finish = lambda _, reply: {"text": reply.text} | ({"refused": reply.refused} if reply.refused else {})  # noqa: E731
+    with Journal(tmp_path / "a.jsonl") as journal, pytest.raises(Error, match="refuses the key"):
+        ask_all(requests(600, kinds | first), Fake(), journal, concurrency, finish, keep_refused=keep)
+    time.sleep(0.1)
+    teacher = Fake()
+    with Journal(tmp_path / "a.jsonl") as journal:
+        before = len(journal.done)
+        assert before > (390 if keep else 370)
+        missing = ask_all(requests(600, kinds), teacher, journal, concurrency, finish, keep_refused=keep)
+        assert len(teacher.asked) == 600 - before and missing == (0 if keep else 30)
+        refused = {"text": "", "refused": "400 Bad Request: too long"}
+        expected = {f"k{i}": refused if i in kinds else {"text": f"K{i}"} for i in range(600)}
+        assert journal.done == {k: v for k, v in expected.items() if keep or v is not refused}
+    assert "refused: k420: 400 Bad Request: too long\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_where_everything_is_refused_the_run_ends(keep, tmp_path):
+    """A setting that the teacher does not take, for example: what it asks for is not all written off."""
+    teacher = Fake()
+    with Journal(tmp_path / "a.jsonl") as journal:
+        for _ in range(2):
+            with pytest.raises(Error, match=r"10 requests in a row stayed unanswered, the last for: 400"):
+                wanted = requests(100, dict.fromkeys(range(100), "refused"))
+                ask_all(wanted, teacher, journal, 1, lambda _, reply: reply._asdict(), keep_refused=keep)
+    assert len(teacher.asked) == 20
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
 @pytest.mark.parametrize(("kind", "error"), [("fatal", Error), ("mistake", KeyError)])
 def test_what_no_repetition_mends_ends_the_run_and_keeps_what_was_answered(kind, error, concurrency, tmp_path):
     teacher = Fake(0.005)
@@ -276,6 +338,28 @@ def test_on_a_terminal_the_line_is_rewritten_elsewhere_it_comes_every_ten_second
         told = capsys.readouterr().err
         assert told.count("\r") == (31 if terminal else 0) and told.count("40  ") == expected + (not terminal)
         assert told.endswith("\n") and "30/40" in told
+
+
+@pytest.mark.parametrize("last", ["fatal", "interrupted", ""])
+def test_on_a_terminal_what_is_said_stands_below_the_progress_line(last, tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+
+    class Timed(Fake):
+        def ask(self, request: Request) -> Reply:
+            clock[0] += 1
+            if request.kind == "interrupted":
+                raise KeyboardInterrupt
+            return super().ask(request)
+
+    with Journal(tmp_path / "a.jsonl") as journal, suppress(Error, KeyboardInterrupt):
+        ask_all(requests(9, {3: "unanswered", 4: "unanswered", 8: last}), Timed(), journal, 1, fields)
+    lines = capsys.readouterr().err.split("\n")
+    assert [line for line in lines if line.startswith("unanswered: ")] == [
+        f"unanswered: k{number}: 500 Internal Server Error, 9 times" for number in (3, 4)
+    ]
+    assert (lines[-1] == "") == (last != "interrupted") and not any(line == "" for line in lines[:-1])
 
 
 def test_random_requests_in_random_order_come_out_the_same(tmp_path):

@@ -18,6 +18,7 @@ from nanollava.evaluate.__main__ import main
 from nanollava.evaluate.llava_bench import parse_scores, relative_score
 from nanollava.instruct.teacher import Reply, Request, Teacher, Unanswered
 from nanollava.miniature.scenes import draw, random_scene
+from nanollava.train.keep import alone
 
 MINIATURE = Path(__file__).parents[1] / "weights" / "miniature"
 
@@ -345,6 +346,9 @@ def test_reviews_are_not_mixed_with_those_of_other_answers_rules_or_judges(bench
     assert judge(bench) == 2
     assert "another \"teacher\" ('a judge on the bench', now 'another judge')" in capsys.readouterr().err
     monkeypatch.undo()
+    appoint(lambda request: "8 6").temperature = 0.7
+    assert judge(bench) == 2
+    assert 'another "temperature" (None, now 0.7)' in capsys.readouterr().err
     write_lines(bench / "questions.jsonl", QUESTIONS[:3])
     for name in ("answers.jsonl", "reference.jsonl"):
         edit(name, lambda rows: rows.__setitem__(slice(None), [r for r in rows if r["question_id"] != 3]))(bench)
@@ -395,7 +399,7 @@ def test_a_judgement_that_was_stopped_goes_on_and_asks_nobody_twice(bench, appoi
     appoint(stops)
     assert judge(bench) == 130
     assert len(read_lines(bench / "reviews.jsonl")) == 1
-    assert judge(bench) == 2
+    assert judge(bench) == 1
     assert "1 of 4 have no reply yet; the same command asks for them" in capsys.readouterr().err
     assert judge(bench) == 0
     assert sorted(read_lines(bench / "reviews.jsonl"), key=lambda row: row["question_id"]) == expected
@@ -417,6 +421,22 @@ def test_reviews_cut_off_anywhere_are_finished(bench, appoint, capsys):
         assert len(teacher.asked) == 4 - sum(line <= end for line in lines[1:])
 
 
+def test_two_judgements_into_one_file_are_one_too_many(bench, appoint, capsys):
+    teacher = appoint(lambda request: "8 6")
+    with alone(bench / "reviews.jsonl"):
+        assert judge(bench) == 2
+    assert "reviews.jsonl: another run is writing to it" in capsys.readouterr().err
+    assert teacher.asked == [] and not (bench / "reviews.jsonl").exists()
+    assert judge(bench) == 0
+
+
+def test_two_models_that_answer_into_one_file_are_one_too_many(pictures, capsys):
+    with alone(pictures / "out"):
+        assert answer(pictures, pictures / "out") == 2
+    assert "out: another run is writing to it" in capsys.readouterr().err and not (pictures / "out").exists()
+    assert answer(pictures, pictures / "out") == 0
+
+
 def test_a_language_model_in_a_folder_can_judge(bench, scripted_model, capsys):
     from nanollava.checkpoint import save_language
 
@@ -424,7 +444,13 @@ def test_a_language_model_in_a_folder_can_judge(bench, scripted_model, capsys):
     save_language(model.language, model.tokenizer, bench / "vicuna")
     assert judge(bench, f"--teacher={bench / 'vicuna'}") == 0
     assert cells(capsys.readouterr().out)["m"] == ["75.0"] * 4
-    assert {row["teacher"] for row in read_lines(bench / "reviews.jsonl")} == {"vicuna (a local model)"}
+    (teacher,) = {row["teacher"] for row in read_lines(bench / "reviews.jsonl")}
+    assert re.fullmatch(r"vicuna \(a local model, weights [0-9a-f]{8}\)", teacher)
+    assert {row["temperature"] for row in read_lines(bench / "reviews.jsonl")} == {0.2}
+    model.language.norm.weight.data *= 2
+    save_language(model.language, model.tokenizer, bench / "other" / "vicuna")
+    assert judge(bench, f"--teacher={bench / 'other' / 'vicuna'}") == 2
+    assert 'was made with another "teacher"' in capsys.readouterr().err
 
 
 def test_the_rules_of_the_drawn_world_cannot_judge(bench, capsys):

@@ -6,7 +6,8 @@ How good is it? The paper's benchmarks (section 5) on any LLaVA folder, and its 
     ablations     what the paper's own variants bring, at miniature scale
     miniature     questions about the drawn world, compared word for word
 Each tells its steps and options with --help.
-Exit status: 0; 2 after one line that says what was wrong; 130 after Ctrl-C.
+Exit status: 0; 1 where requests to a teacher stayed unanswered; 2 after one line that says what was wrong; 130 after
+Ctrl-C.
 """
 
 import argparse

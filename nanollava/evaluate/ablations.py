@@ -12,7 +12,6 @@ What is finished is not done again: after a kill the same command goes on.
 import argparse
 import importlib.util
 import json
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 
 import nanollava
 from nanollava.checkpoint import load
-from nanollava.error import Error, forgive_encoding, say
+from nanollava.error import Error
 from nanollava.evaluate import findings
 from nanollava.evaluate.miniature import Item, accuracy, answers, describe_scores, guesses, make_items
 from nanollava.evaluate.variants import TURNED, VARIANTS, Variant, chosen, first_verdict, last_verdict, own, turned_item
@@ -66,19 +65,12 @@ class Plan:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the variants; returns the exit status. Raises Error."""
     args = arguments(argv)
-    forgive_encoding()
-    try:
-        names, plan = check(args), make_plan(args)
-        with alone(args.out):
-            settle(plan)
-            run(plan, [VARIANTS[name] for name in names], args.seeds, args.at_once)
-    except KeyboardInterrupt:
-        print("\ninterrupted: go on with the same command", file=sys.stderr)
-        return 130
-    except Exception as error:
-        return say(error)
+    names, plan = check(args), make_plan(args)
+    with alone(args.out):
+        settle(plan)
+        run(plan, [VARIANTS[name] for name in names], args.seeds, args.at_once)
     return 0
 
 
@@ -290,7 +282,3 @@ def figures(exact: dict[str, float], verdicts: dict[str, float]) -> Figures:
     groups = {"conversation": PERCEPTION, "reasoning": REASONING}
     means = {name: mean(exact[kind] for kind in kinds) for name, kinds in groups.items()}
     return means | {"whole": exact["mean"], "verdict": verdicts["mean"], "exact": exact, "verdicts": verdicts}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

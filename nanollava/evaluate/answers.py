@@ -9,7 +9,6 @@ import hashlib
 import json
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,8 @@ from nanollava.images import check_image, open_image, preprocess
 from nanollava.instruct.journal import Journal
 from nanollava.llava import Llava
 from nanollava.tokenizer import IMAGE_TOKEN
-from nanollava.train.features import as_bytes
+from nanollava.train.features import fingerprint
+from nanollava.train.keep import alone
 from nanollava.train.loop import minutes
 
 TELL_EVERY = 10  # seconds
@@ -58,7 +58,7 @@ def answer_all(args: argparse.Namespace, asked: list[Asked]) -> None:
     """Answer what ``args.out`` does not answer yet, with the model and the options that ``args`` name.
 
     Raises Error, before the first answer, where an image is missing, a question leaves the model no room, or the file
-    holds answers of another model, to other questions or made otherwise.
+    holds answers of another model, to other questions or made otherwise, or another run writes to it.
     """
     sampling = Sampling(max_new_tokens=args.max_new_tokens)
     if args.batch_size < 1:
@@ -68,7 +68,7 @@ def answer_all(args: argparse.Namespace, asked: list[Asked]) -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model = load(args.model, device, dtype, args.vision, args.base)
     made_by = {"model_id": args.model.resolve().name, "metadata": how(model, sampling)}
-    with Journal(args.out) as journal:
+    with alone(args.out), Journal(args.out) as journal:
         check_resumed(args.out, journal.done, {str(a.id): made_by | {"prompt": a.prompt} for a in asked})
         waiting = [a for a in asked if str(a.id) not in journal.done]
         for a, text in answers(model, waiting, args.batch_size, sampling):
@@ -133,14 +133,6 @@ def check_images(asked: list[Asked]) -> None:
 def how(model: Llava, sampling: Sampling) -> dict[str, object]:
     """What else than its name and the questions decides the answers of a model."""
     return {"template": template(model), "max_new_tokens": sampling.max_new_tokens, "weights": fingerprint(model)}
-
-
-def fingerprint(model: Llava) -> str:
-    """Eight hexadecimal digits that tell other weights from these: a checksum of the first numbers of each tensor."""
-    value = 0
-    for tensor in model.state_dict().values():
-        value = zlib.crc32(as_bytes(tensor.flatten()[:256]), value)
-    return f"{value:08x}"
 
 
 def digest(content: object) -> str:

@@ -5,11 +5,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from nanollava.error import Error
+from nanollava.error import Unfinished
 from nanollava.evaluate.answers import digest
 from nanollava.evaluate.lines import check_resumed
 from nanollava.instruct.journal import Journal, ask_all
 from nanollava.instruct.teacher import Reply, Request, add_teacher_options, open_teacher
+from nanollava.train.keep import alone
 
 RULES = Path(__file__).parent / "rules"
 LONGEST = 1024  # tokens of a reply
@@ -37,23 +38,26 @@ def ask_for_all(
     """A reply to each request, as lines of ``args.out``: by key, complete.
 
     items: the requests, each with the fields of its line that are known before; read: those that a reply's text gives.
-    Raises Error where the file was made of other requests or by another teacher, and where replies are missing in the
-    end; what came is kept.
+    Raises Error where the file was made of other requests or by another teacher, or another run writes to it, and
+    Unfinished where replies are missing in the end; what came is kept.
     """
     teacher = open_teacher(args)
     requests = [request for request, _ in items]
-    known = {r.key: fields | {"teacher": teacher.name, "request": digest(r.messages)} for r, fields in items}
+    asked = {"teacher": teacher.name, "temperature": teacher.temperature}
+    known = {r.key: fields | asked | {"request": digest(r.messages)} for r, fields in items}
 
     def finish(request: Request, reply: Reply) -> dict:
         costs = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
         return known[request.key] | read(reply.text) | costs
 
-    with Journal(args.out) as journal:
+    with alone(args.out), Journal(args.out) as journal:
         check_resumed(args.out, journal.done, known)
         new = len(requests) - len(journal.done)
         missing = ask_all(requests, teacher, journal, args.concurrency, finish)
         done = dict(journal.done)
     if missing:
-        raise Error(f"{args.out}: {missing:,} of {len(requests):,} have no reply yet; the same command asks for them")
+        raise Unfinished(
+            f"{args.out}: {missing:,} of {len(requests):,} have no reply yet; the same command asks for them"
+        )
     print(f"{args.out}: {len(requests):,} replies of {teacher.name}, {new:,} of them new", file=sys.stderr)
     return done

@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return command(argv[1:]) if command else generate(arguments(argv))
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from here", file=sys.stderr)
+        kept = "nothing was written" if command else "the same command goes on from here"
+        print(f"\nstopped: {kept}", file=sys.stderr)
         return 130
     except Exception as error:
         return say(error)
@@ -49,7 +50,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--kinds", default=",".join(KINDS), metavar="A,B", help=f"some of {','.join(KINDS)} (default: all)")
     add("--seed", type=int, default=0, help="another one chooses other images for each kind (0)")
     add("--prompts", type=Path, default=FOLDER, metavar="DIR", help="a changed copy of nanollava/instruct/prompts")
-    add("--ask-again", action="store_true", help="ask once more for what was rejected")
+    again = "ask once more for what was rejected; miniature, and a FOLDER at temperature 0, say the same again"
+    add("--ask-again", action="store_true", help=again)
     add("--dry-run", action="store_true", help="print a prompt of each kind and the tokens of the run; ask nobody")
     add_teacher_options(parser)
     return parser.parse_args(argv)

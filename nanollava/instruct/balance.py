@@ -14,7 +14,6 @@ of its phrases, and more than 100 captions with a frequent one may stay.
 import argparse
 import json
 import random
-import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanollava.conversation import messages_from_record
-from nanollava.error import Error, forgive_encoding, printable, say
+from nanollava.error import Error, printable
 from nanollava.folder import read_json
 from nanollava.instruct.journal import write_whole
 from nanollava.instruct.phrases import SPACY_MODEL, simple_phrases, spacy_phrases
@@ -52,16 +51,8 @@ class Choice:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    args = make_parser().parse_args(argv)
-    forgive_encoding()
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written", file=sys.stderr)
-        return 130
-    except Exception as error:
-        return say(error)
+    """Run the command; returns the exit status. Raises Error."""
+    run(make_parser().parse_args(argv))
     return 0
 
 
@@ -212,7 +203,3 @@ def summary(args: argparse.Namespace, choice: Choice) -> str:
     top = np.argsort(-before, kind="stable")[:5]
     lines += [f"  {printable(choice.phrases[i], 40)}: {before[i]:,} before, {choice.after[i]:,} after" for i in top]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

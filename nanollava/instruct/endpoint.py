@@ -17,6 +17,7 @@ from nanollava.instruct.teacher import Reply, Request, Teacher, Unanswered
 KEY = "OPENAI_API_KEY"
 LONGEST_PAUSE = 60.0  # seconds between two attempts, where the endpoint names no time
 LONGEST_WAIT = 600.0  # seconds that an endpoint may ask for
+FILTERED = "the endpoint's content filter held it back"
 BROKEN = "the answer was cut off or not in the chat-completions format"
 
 
@@ -47,8 +48,8 @@ class EndpointTeacher(Teacher):
         retries: int = 8,
         pause: float = 1.0,
     ):
-        self.library, self.key = library(), read_key(base_url)
-        self.name = f"{model} at {urlsplit(base_url).hostname}"
+        self.library, self.key, address = library(), read_key(base_url), urlsplit(base_url)
+        self.name = f"{model} at {address.hostname}{f':{address.port}' if address.port else ''}"
         self.model, self.temperature, self.max_tokens = model, temperature, max_tokens
         self.retries, self.pause, self.timeout = retries, pause, timeout
         self.limit = "max_tokens"  # what the endpoint calls the longest answer; newer models know another name
@@ -82,7 +83,9 @@ class EndpointTeacher(Teacher):
         try:
             answer = self.client.chat.completions.create(**fields)
         except self.library.APIStatusError as error:
-            raise self.refusal(error, limit) from None  # its own words may hold the key
+            if self.renamed(error, limit):
+                return self.attempt(request)
+            raise self.refusal(error) from None  # its own words may hold the key
         except self.library.APITimeoutError:
             raise Later(f"no answer within {self.timeout:g} s") from None
         except self.library.APIConnectionError as error:
@@ -96,13 +99,21 @@ class EndpointTeacher(Teacher):
         """The reply in an answer of the library's. Raises Later where there is none."""
         try:
             choice, usage = answer.choices[0], answer.usage
-            text, cut = choice.message.content or "", choice.finish_reason in ("length", "content_filter")
+            text, cut = choice.message.content or "", choice.finish_reason == "length"
+            refused = FILTERED if choice.finish_reason == "content_filter" else ""
             tokens = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
         except (AttributeError, LookupError, TypeError):
             raise Later(BROKEN) from None
-        return Reply(self.hide(text), *tokens, cut)
+        return Reply(self.hide(text), *tokens, cut, refused)
 
-    def refusal(self, error: Exception, limit: str) -> Exception:
+    def renamed(self, error: Exception, limit: str) -> bool:
+        """Whether an endpoint refuses ``limit`` because it knows it by the newer name, which is taken from now on."""
+        if limit != "max_tokens" or "max_completion_tokens" not in str(error):
+            return False
+        self.limit = "max_completion_tokens"
+        return True
+
+    def refusal(self, error: Exception) -> Exception:
         """What to make of an answer with a status of 300 or more."""
         status = error.status_code
         what = f"{status} {HTTPStatus(status).phrase}" if status in set(HTTPStatus) else str(status)
@@ -113,15 +124,12 @@ class EndpointTeacher(Teacher):
             return Error(f"{self.name}: {said}; check --teacher-model and --base-url")
         if error.code == "insufficient_quota":
             return Error(f"{self.name}: {what}, no quota is left; raise it, then give the same command again")
-        if limit == "max_tokens" and "max_completion_tokens" in str(error):
-            self.limit = "max_completion_tokens"
-            return Later(said, 0.0)
         if status in (408, 409, 429) or status >= 500:
             wait = seconds_to_wait(error.response.headers)
             return (
                 Unanswered(f"{what}, to be asked in {wait:.0f} s") if (wait or 0) > LONGEST_WAIT else Later(what, wait)
             )
-        return Unanswered(said)
+        return Unanswered(said, for_good=status in (400, 413, 422))
 
     def hide(self, text: str) -> str:
         """The text without the key, should an endpoint send it back."""

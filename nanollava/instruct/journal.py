@@ -6,8 +6,10 @@ import os
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -16,14 +18,16 @@ from nanollava.instruct.teacher import Reply, Request, Teacher, Unanswered
 from nanollava.train.loop import minutes
 
 FLUSH_EVERY = 0.2  # seconds between two waits for the disk itself; a killed process loses nothing, a power cut so much
+BEGIN = b'{"key": '  # of each line of a journal
 HOPELESS = 10  # requests in a row without an answer, after which nothing more is asked
 
 
 class Journal:
     """JSON lines in a file, one for each finished key; of two lines with one key the later one counts.
 
-    done: what was written under each key, without the key. A last line that a kill cut short is dropped, from the file
-    too. Raises Error naming file and line for one that is damaged elsewhere, and where the disk refuses.
+    done: what was written under each key, without the key; replaced: what was written under it before.
+    A last line that a kill cut short is dropped, from the file too. Raises Error naming file and line for one that is
+    damaged elsewhere, for a file that is no journal, which stays as it is, and where the disk refuses.
     """
 
     def __init__(self, file: Path):
@@ -36,21 +40,37 @@ class Journal:
             raise Error(f"{file}: cannot be opened ({error.strerror}); check the path and the disk") from error
         *lines, tail = content.split(b"\n")
         self.size = len(content) - len(tail)
+        read = [self._read(line) for line in lines]
+        if not BEGIN.startswith(tail.rstrip(b"\0")[: len(BEGIN)]):  # no kill of ours leaves that
+            lines, read = [*lines, tail], [*read, None]
+        if None in read:
+            self._refuse(lines, read)
         os.truncate(file, self.size)
         self.done: dict[str, dict] = {}
-        for number, line in enumerate(lines, start=1):
-            fields = self._read(line, number)
-            self.done[fields.pop("key")] = fields
+        self.replaced: defaultdict[str, list[dict]] = defaultdict(list)
+        for fields in read:
+            self._keep(fields.pop("key"), fields)
 
-    def _read(self, line: bytes, number: int) -> dict:
+    def _keep(self, key: str, fields: dict) -> None:
+        if key in self.done:
+            self.replaced[key].append(self.done[key])
+        self.done[key] = fields
+
+    @staticmethod
+    def _read(line: bytes) -> dict | None:
+        """The fields of a line; None where it is no journal's."""
         try:
             fields = json.loads(line)
-        except ValueError:
-            fields = None
-        if not isinstance(fields, dict) or not isinstance(fields.get("key"), str):
-            remedy = "remove the line to have its item asked again, or choose another folder"
-            raise Error(f"{self.file}, line {number}: damaged, {printable(repr(line), 80)}; {remedy}")
-        return fields
+        except (ValueError, RecursionError):
+            return None
+        return fields if isinstance(fields, dict) and isinstance(fields.get("key"), str) else None
+
+    def _refuse(self, lines: list[bytes], read: list[dict | None]) -> None:
+        if not any(read):
+            raise Error(f"{self.file}: is no journal of replies or answers; choose another --out")
+        number = read.index(None)
+        remedy = "remove the line to have its item asked again, or choose another --out"
+        raise Error(f"{self.file}, line {number + 1}: damaged, {printable(repr(lines[number]), 80)}; {remedy}")
 
     def append(self, key: str, **fields: object) -> None:
         """Write a line, at once and whole or not at all."""
@@ -68,7 +88,7 @@ class Journal:
                 remedy = "mend that and give the same command again: what is in it counts"
                 raise Error(f"{self.file}: cannot be written ({reason}); {remedy}")
             self.size += len(line)
-            self.done[key] = fields
+            self._keep(key, fields)
 
     def _flush(self) -> None:
         os.fsync(self.raw.fileno())
@@ -106,42 +126,81 @@ Finish = Callable[[Request, Reply], dict]
 Outcome = tuple[Request, Reply | Exception]
 
 
-def ask_all(requests: list[Request], teacher: Teacher, journal: Journal, concurrency: int, finish: Finish) -> int:
-    """Ask for all that is not in ``journal.done``, at most ``concurrency`` at once, and write down each reply.
+def ask_all(
+    requests: list[Request], teacher: Teacher, journal: Journal, concurrency: int, finish: Finish, keep_refused=False
+) -> int:
+    """Ask for all that is not in ``journal.done`` or is a further attempt, ``concurrency`` of them at once, and write
+    down each reply.
 
     finish: the fields of the journal's line, for example ``lambda request, reply: reply._asdict()``. It may be called
     by several threads at once.
+    keep_refused: write down what is refused for good too, as an empty reply, so that it is not asked in every run.
     Returns how many stayed unanswered, which may be asked again in another run. Raises Error as ``Teacher.ask`` does,
     and where HOPELESS requests in a row stayed unanswered; what came before has been written down.
     """
-    waiting = [request for request in requests if request.key not in journal.done]
-    at_once = min(concurrency, getattr(teacher, "at_once", concurrency), len(waiting))
-    progress, unanswered, in_a_row = Progress(len(requests), len(waiting), teacher), 0, 0
+    waiting = [request for request in requests if request.attempt or request.key not in journal.done]
+    at_once = min(concurrency, teacher.at_once, len(waiting))
+    progress, unanswered = Progress(len(requests), len(waiting), teacher), 0
+    answered = any(not fields.get("refused") for fields in journal.done.values())
+    patience = Patience(progress, max(HOPELESS, at_once), answered)
 
     def answer(request: Request) -> Outcome:
         try:
-            reply = teacher.ask(request)
+            reply = reply_to(request, teacher, keep_refused)
             journal.append(request.key, **finish(request, reply))
             return request, reply
         except Exception as error:
             return request, error
 
-    with closing(in_turn(answer, waiting) if at_once < 2 else side_by_side(answer, waiting, at_once)) as outcomes:
+    came = in_turn(answer, waiting) if at_once < 2 else side_by_side(answer, waiting, at_once)
+    with progress, closing(came) as outcomes:
         for request, reply in outcomes:
-            if isinstance(reply, Unanswered):
-                print(f"unanswered: {request.key}: {printable(str(reply))}", file=sys.stderr)
-                unanswered, in_a_row = unanswered + 1, in_a_row + 1
-                if in_a_row >= max(HOPELESS, at_once):
-                    problem = f"{in_a_row} requests in a row stayed unanswered, the last for: {printable(str(reply))}"
-                    raise Error(f"{problem}; what was answered is kept: give the same command again")
-            elif isinstance(reply, Exception):
-                raise reply
-            elif reply is not None:
-                in_a_row = 0
+            if isinstance(reply, Reply):
                 progress.count(reply)
+            elif isinstance(reply, Unanswered):
+                unanswered += 1
+            elif reply is not None:
+                raise reply
+            if reply is not None:
+                patience.weigh(request, reply)
             progress.show()
-    progress.end()
+        progress.end()
     return unanswered
+
+
+def reply_to(request: Request, teacher: Teacher, keep_refused: bool) -> Reply:
+    """Raises Error and Unanswered as ``Teacher.ask`` does; with ``keep_refused`` a refusal for good is a reply."""
+    try:
+        return teacher.ask(request)
+    except Unanswered as error:
+        if not (keep_refused and error.for_good):
+            raise
+        return Reply("", 0, 0, refused=str(error))
+
+
+@dataclass
+class Patience:
+    """Ends after ``most`` requests in a row without an answer. What is refused for good counts only until the first
+    answer: later it may be single cases, and those that are not kept stand at the head of every run."""
+
+    progress: "Progress"
+    most: int
+    answered: bool
+    in_a_row: int = 0
+
+    def weigh(self, request: Request, reply: Reply | Unanswered) -> None:
+        """Say what is no answer. Raises Error where that is one too many."""
+        reason = printable(reply.refused if isinstance(reply, Reply) else str(reply))
+        if not reason:
+            self.in_a_row, self.answered = 0, True
+            return
+        for_good = isinstance(reply, Reply) or reply.for_good
+        self.progress.leave()
+        print(f"{'refused' if for_good else 'unanswered'}: {request.key}: {reason}", file=sys.stderr)
+        self.in_a_row += not (for_good and self.answered)
+        if self.in_a_row >= self.most:
+            problem = f"{self.in_a_row} requests in a row stayed unanswered, the last for: {reason}"
+            raise Error(f"{problem}; what was answered is kept: give the same command again")
 
 
 def in_turn(answer: Callable[[Request], Outcome], waiting: list[Request]) -> Iterator[Outcome]:
@@ -186,6 +245,7 @@ class Progress:
         self.done = self.before = total - waiting
         self.read = self.written = 0
         self.started = self.shown = time.monotonic()
+        self.begun = False  # whether a line stands there without its end
         self.terminal = sys.stderr is not None and sys.stderr.isatty()
 
     def count(self, reply: Reply) -> None:
@@ -200,11 +260,25 @@ class Progress:
             self.shown = now
             self._print(end="" if self.terminal else "\n")
 
+    def leave(self) -> None:
+        """End a line that stands there, so that something else can be printed below."""
+        if self.begun:
+            self.begun = False
+            print(file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not KeyboardInterrupt:  # what is said of Ctrl-C begins a line by itself
+            self.leave()
+
     def end(self) -> None:
         if self.done > self.before:
             self._print(end="\n")
 
     def _print(self, end: str) -> None:
+        self.begun = not end
         line = self.line(time.monotonic() - self.started)
         print(f"\r{line}\x1b[K" if self.terminal else line, end=end, file=sys.stderr, flush=True)
 
@@ -214,6 +288,5 @@ class Progress:
         rate = asked / max(seconds, 1e-9)
         left = f"{minutes((self.total - self.done) / rate)} left" if asked else "time left not known yet"
         tokens = f"{self.read:,} tokens read, {self.written:,} written"
-        trouble = getattr(self.teacher, "trouble", "")
-        again = f"  (repeating: {printable(trouble, 60)})" if trouble else ""
+        again = f"  (repeating: {printable(self.teacher.trouble, 60)})" if self.teacher.trouble else ""
         return f"{self.done:,}/{self.total:,}  {rate:.1f} replies/s  {tokens}  {left}{again}"

@@ -20,8 +20,17 @@ from nanollava.tokenizer import IMAGE_TOKEN
 SEPARATOR = re.compile(r"^[ \t]*={3,}[ \t]*$", re.MULTILINE)
 HEADER = re.compile(r"^[ \t]*(question|answer)[ \t]*:[ \t]*", re.IGNORECASE | re.MULTILINE)
 MARKS = (IMAGE_TOKEN, "</s>", "ASSISTANT:")  # what the official code takes for pictures, ends and roles
+TEXTS = r"(captions?|sentences|descriptions)"  # what the teacher was shown; a picture may show some too
+SAYING = (
+    r"(say|mention|describe|state|tell|indicate|suggest|note|imply|refer|provide|give|do not|don't|does not|doesn't)"
+)
 SOURCES = re.compile(
-    r"\bbounding box|\bcoordinates?\b|\b(the|these|given|provided) (captions?|sentences|descriptions)\b|\[[01]?\.\d",
+    r"\bbounding box"
+    r"|\[[01]?\.\d"
+    r"|\b(the|these|its|their|with|at|by|from|box) coordinates\b|\bcoordinates (of|are|is|\(|\[)"  # not the verb
+    rf"|\b(given|provided) {TEXTS}\b"
+    rf"|\b(the|these) {TEXTS} (also |only |all )?{SAYING}(s|es)?\b"
+    rf"|\b(according to|based on|(mentioned|described|stated|given|provided) (in|by)) (the|these) {TEXTS}\b",
     re.IGNORECASE,
 )
 

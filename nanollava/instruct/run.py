@@ -1,6 +1,6 @@
 """One run of data generation in its folder.
 
-OUT/settings.json    what the run is made with; the same folder takes no other seed, teacher, prompts or input
+OUT/settings.json    what the run is made with: seed, teacher, temperature, prompts, input; the folder takes no others
 OUT/replies.jsonl    the journal: each reply as it came, written at once
 OUT/rejected.jsonl   the replies that cannot become records, with the reason
 OUT/instruct.json    the records in the official format, in the order of the plan: written at the end
@@ -21,7 +21,7 @@ from nanollava.instruct.plan import Item
 from nanollava.instruct.replies import Turn, Unusable, record_of, turns_of
 from nanollava.instruct.teacher import Request, Teacher
 
-OF = {"seed": "--seed", "teacher": "--teacher", "prompts": "--prompts", "input": "captions and boxes"}
+OF = {name: f"--{name}" for name in ("seed", "teacher", "temperature", "prompts")} | {"input": "captions and boxes"}
 
 
 class Run:
@@ -38,6 +38,7 @@ class Run:
         settings = {
             "seed": seed,
             "teacher": teacher.name,
+            "temperature": teacher.temperature,
             "prompts": prompts.checksum,
             "input": hashlib.sha256(repr(contexts).encode()).hexdigest()[:16],
         }
@@ -51,11 +52,15 @@ class Run:
 
     def ask(self, concurrency: int, again: bool = False) -> int:
         """Ask for all that is missing, with ``again`` also for what was rejected; how many stayed unanswered."""
-        for key in self.results()[1] if again else ():
-            del self.journal.done[key]
-        requests = [Request(i.key, self.prompts.messages(i.kind, i.context), i.kind, i.context) for i in self.plan]
+        attempts = {key: 1 + len(self.journal.replaced[key]) for key in self.results()[1]} if again else {}
+        requests = [
+            Request(i.key, self.prompts.messages(i.kind, i.context), i.kind, i.context, attempts.get(i.key, 0))
+            for i in self.plan
+        ]
         try:
-            return ask_all(requests, self.teacher, self.journal, concurrency, lambda _, reply: reply._asdict())
+            return ask_all(
+                requests, self.teacher, self.journal, concurrency, lambda _, reply: reply._asdict(), keep_refused=True
+            )
         finally:
             self.write_rejected()
 
@@ -66,6 +71,8 @@ class Run:
             if reply := self.journal.done.get(item.key):
                 question = self.chance(item, "question").choice(self.prompts.detail)
                 try:
+                    if reply.get("refused"):
+                        raise Unusable(f"the teacher refuses it: {reply['refused']}")
                     good[item.key] = turns_of(item.kind, str(reply.get("text", "")), bool(reply.get("cut")), question)
                 except Unusable as error:
                     rejected[item.key] = str(error)
@@ -116,8 +123,9 @@ class Run:
         return "\n".join(lines)
 
     def tokens(self) -> str:
-        """What the replies of the plan took."""
-        replies = [self.journal.done[item.key] for item in self.plan if item.key in self.journal.done]
+        """What the replies to the plan took, those included that others have replaced."""
+        done, replaced = self.journal.done, self.journal.replaced
+        replies = [r for i in self.plan if i.key in done for r in (*replaced[i.key], done[i.key])]
         read, written = (sum(reply.get(f"{name}_tokens", 0) for reply in replies) for name in ("prompt", "completion"))
         return f"Tokens: {read:,} read and {written:,} written by {self.teacher.name}"
 

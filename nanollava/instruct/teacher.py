@@ -23,6 +23,7 @@ class Request:
     messages: list[dict]  # OpenAI chat messages: {"role": "system", "user" or "assistant", "content": text}
     kind: str = ""  # conversation, detail, reasoning, judge, ...
     context: Context | None = None  # captions and boxes, for the rule-based teacher, which reads no prose
+    attempt: int = 0  # how many replies came before; above 0 it is asked although there is one
 
 
 class Reply(NamedTuple):
@@ -30,21 +31,31 @@ class Reply(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     cut: bool = False  # whether it ends where the teacher had to stop, at --max-tokens for example
+    refused: str = ""  # why the teacher, or a filter that it stands behind, gives none
 
 
 class Unanswered(Exception):
     """A request stayed without an answer: all repetitions are used up, or none would help this one. Others may fare
-    better, and the same request may be asked again in another run."""
+    better, and the same request may be asked again in another run.
+
+    for_good: whether it is the request itself that is refused, which another time does not mend.
+    """
+
+    def __init__(self, reason: str, for_good: bool = False):
+        super().__init__(reason)
+        self.for_good = for_good
 
 
 class Teacher:
     """Answers requests, ``at_once`` of them at most, each in a thread of its own.
 
     name: which one it is, as the files have it; it never holds a key.
+    temperature: how varied its answers are, as the files have it too; None where nothing was asked for.
     trouble: why it last had to repeat a request, for the progress line.
     """
 
     name: str
+    temperature: float | None = None
     at_once = 1
     trouble = ""
 
@@ -61,11 +72,17 @@ def add_teacher_options(parser: argparse.ArgumentParser) -> None:
     add("--base-url", default=OPENAI, metavar="URL", help=f"of an OpenAI-compatible endpoint ({OPENAI})")
     add("--teacher-model", metavar="NAME", help="which model the endpoint shall take; the key is in OPENAI_API_KEY")
     add("--concurrency", type=int, default=8, help="requests to an endpoint at once (8)")
-    add("--temperature", type=float, help="how varied answers are; default: the endpoint's own, 0 for a FOLDER")
+    varied = "how varied answers are; default is the endpoint's own, 0 for a FOLDER (%(default)s)"
+    add("--temperature", type=temperature, default="default", metavar="NUMBER", help=varied)
     add("--max-tokens", type=int, default=1024, help="longest answer (1024)")
     add("--timeout", type=float, default=120.0, help="seconds to wait for an answer before asking again (120)")
     add("--retries", type=int, default=8, help="how often a request that failed is repeated (8)")
     add("--retry-pause", type=float, default=1.0, help="seconds before the first repetition; each time twice that (1)")
+
+
+def temperature(word: str) -> float | None:
+    """A number; None for "default", by which a command line takes back what its command has set."""
+    return None if word == "default" else float(word)
 
 
 def open_teacher(args: argparse.Namespace) -> Teacher:

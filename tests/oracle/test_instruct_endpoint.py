@@ -55,6 +55,29 @@ for attempt in range(20):
 """
 
 
+ENDED = """
+import os, sys
+from pathlib import Path
+from nanollava.instruct import __main__ as command, run
+words, left, finish = sys.argv[1:-1], int(sys.argv[-1]), run.Run.finish
+def watch(place, name):
+    function = getattr(place, name)
+    def watched(*given, **named):
+        global left
+        if not left:
+            os.kill(os.getpid(), 9)
+        left -= 1
+        return function(*given, **named)
+    setattr(place, name, watched)
+def finish_watched(self, unanswered):  # killed as it opens the file, flushes it, renames it, and when it is there
+    for place, name in ((Path, "open"), (os, "fsync"), (Path, "replace"), (run.Run, "table")):
+        watch(place, name)
+    return finish(self, unanswered)
+run.Run.finish = finish_watched
+command.main(words)
+"""
+
+
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -200,7 +223,7 @@ def test_options_go_with_the_request_and_newer_models_get_the_newer_name():
     with TeacherServer(
         script=lambda messages, before: "400 max_completion_tokens" if before < 1 else "answer"
     ) as server:
-        teacher = teacher_at(server, temperature=0.2, max_tokens=77, retries=1)
+        teacher = teacher_at(server, temperature=0.2, max_tokens=77, retries=0)
         assert teacher.ask(ASKED).text and teacher.ask(ASKED).text
     expected = {"model": "loopback", "messages": ASKED.messages, "temperature": 0.2}
     assert server.bodies == [expected | {"max_tokens": 77}] + [expected | {"max_completion_tokens": 77}] * 2
@@ -219,8 +242,9 @@ def test_as_many_requests_at_once_as_allowed_and_never_more(contexts, tmp_path):
 
 
 def test_replies_that_cannot_be_parsed_are_kept_counted_and_asked_again(contexts, tmp_path, capsys):
-    actions = {"1.": "empty", "2.": "separators", "3.": "length"}
-    reasons = {"1.": "it is empty", "2.": "wrong separators", "3.": "it was cut off: ask again with more --max-tokens"}
+    actions = {"1.": "empty", "2.": "separators", "3.": "length", "4.": "content_filter"}
+    reasons = {"1.": "it is empty", "2.": "wrong separators", "3.": "it was cut off: ask again with more --max-tokens",
+               "4.": "the teacher refuses it: the endpoint's content filter held it back"}  # fmt: skip
     words = ("--kinds", "conversation")
 
     def script(messages: list[dict], before: int) -> str:
@@ -229,13 +253,13 @@ def test_replies_that_cannot_be_parsed_are_kept_counted_and_asked_again(contexts
     with TeacherServer(script=script) as server:
         assert run(server, contexts, tmp_path / "out", *words) == 0
         told = capsys.readouterr().out
-        assert re.search(r"conversation +30 +27 +3 +2\.00\n", told) and "rejected: 3, see" in told
+        assert re.search(r"conversation +30 +26 +4 +2\.00\n", told) and "rejected: 4, see" in told
         lines = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
         found = {f"{int(line['key'].partition('-')[0])}.": line["reason"] for line in lines}
         assert set(found) == set(reasons) and all(found[name].startswith(reasons[name]) for name in reasons)
         assert run(server, contexts, tmp_path / "out", *words) == 0 and sum(server.asked.values()) == 30
         actions.clear()
-        assert run(server, contexts, tmp_path / "out", *words, "--ask-again") == 0 and sum(server.asked.values()) == 33
+        assert run(server, contexts, tmp_path / "out", *words, "--ask-again") == 0 and sum(server.asked.values()) == 34
         assert run(server, contexts, tmp_path / "fresh", *words) == 0
     assert len(records_of(tmp_path / "out")) == 30
     assert (tmp_path / "out/instruct.json").read_bytes() == (tmp_path / "fresh/instruct.json").read_bytes()
@@ -259,14 +283,42 @@ def test_some_that_stay_unanswered_are_told_with_status_1_and_asked_in_the_next_
     assert (tmp_path / "out/instruct.json").read_bytes() == (tmp_path / "fresh/instruct.json").read_bytes()
 
 
+def test_what_is_refused_for_good_is_rejected_with_the_reason_and_stands_in_no_way(contexts, tmp_path, capsys):
+    """The restart after a kill has all earlier refusals at its head, more than it takes to give up."""
+    refusing = ["400"]
+
+    def script(messages: list[dict], before: int) -> str:
+        if messages[-1]["content"].split("\n")[0][-2:] in ("2.", "5.", "8.") and refusing:
+            return refusing[0]
+        return "401" if len(server.asked) > most[0] else "answer"
+
+    most = [50]
+    with TeacherServer(script=script) as server:
+        assert run(server, contexts, tmp_path / "out", "--concurrency", 1) == 2
+        most[0] = 1000
+        assert run(server, contexts, tmp_path / "out", "--concurrency", 1) == 0
+        told = capsys.readouterr()
+        lines = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
+        assert len(lines) > 10 and f"rejected: {len(lines)}, see" in told.out and "unanswered:" not in told.out
+        assert all(line["reason"].startswith("the teacher refuses it: 400 Bad Request") for line in lines)
+        assert KEY not in (tmp_path / "out/rejected.jsonl").read_text() + told.err
+        asked = sum(server.asked.values())
+        assert run(server, contexts, tmp_path / "out") == 0 and sum(server.asked.values()) == asked
+        assert run(server, contexts, tmp_path / "fresh") == 0
+        assert (tmp_path / "out/instruct.json").read_bytes() == (tmp_path / "fresh/instruct.json").read_bytes()
+        refusing.clear()
+        assert run(server, contexts, tmp_path / "out", "--ask-again") == 0
+    assert len(records_of(tmp_path / "out")) == 62
+
+
 # ---------------------------------------------------------------- what no repetition mends, and the key
 
 
 @pytest.mark.parametrize(
     ("action", "words"),
     [
-        ("401", "loopback at 127.0.0.1: refuses the key (401 Unauthorized); set OPENAI_API_KEY"),
-        ("403", "loopback at 127.0.0.1: refuses the key (403 Forbidden)"),
+        ("401", r"loopback at 127.0.0.1:\d+: refuses the key \(401 Unauthorized\); set OPENAI_API_KEY"),
+        ("403", r"loopback at 127.0.0.1:\d+: refuses the key \(403 Forbidden\)"),
         ("404", "404 Not Found: .*check --teacher-model and --base-url"),
         ("429 insufficient_quota", "429 Too Many Requests, no quota is left"),
     ],
@@ -282,7 +334,7 @@ def test_a_wrong_key_or_model_ends_the_run_with_one_line_and_nothing_lost(action
         assert run(server, contexts, tmp_path / "out", "--concurrency", 1) == 2
         told = capsys.readouterr()
         errors = [line for line in told.err.splitlines() if line.startswith("error:")]
-        assert len(errors) == 1 and re.search(words.replace("(", r"\(").replace(")", r"\)"), errors[0]), told.err
+        assert len(errors) == 1 and re.search(words, errors[0]), told.err
         assert "Traceback" not in told.err and KEY not in told.err + told.out
         assert len((tmp_path / "out/replies.jsonl").read_text().splitlines()) == 20
         script_over = server.script
@@ -335,7 +387,25 @@ def test_a_local_endpoint_needs_no_key_and_no_secret_is_in_its_name(monkeypatch)
     assert all(map(is_local, ("localhost", "127.0.0.1", "::1", "10.0.0.3", "192.168.1.7", "gpu.local")))
     assert not any(map(is_local, ("api.openai.com", "8.8.8.8", "localhost.example.com")))
     named = EndpointTeacher("m", "http://user:secret@localhost:1/v1")
-    assert named.name == "m at localhost"
+    assert named.name == "m at localhost:1"
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert EndpointTeacher("m", "https://api.openai.com/v1").name == "m at api.openai.com"
+
+
+def test_one_folder_takes_no_replies_of_another_temperature_or_endpoint(contexts, tmp_path, capsys):
+    words = ("--records", 4, "--temperature", 0.5)
+    with TeacherServer() as server, TeacherServer() as other:
+        assert run(server, contexts, tmp_path / "out", *words) == 0
+        before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+        for problem, there, more in (
+            ("another temperature, 0.5 and not 0.7; give the same --temperature", server, (0.7,)),
+            ("another temperature, 0.5 and not None", server, ("default",)),
+            (f"another teacher, loopback at 127.0.0.1:{server.server_port} and not", other, (0.5,)),
+        ):
+            assert run(there, contexts, tmp_path / "out", *words, "--temperature", *more) == 2
+            assert problem in capsys.readouterr().err
+        assert before == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+        assert sum(server.asked.values()) == 4 and not other.asked
 
 
 # ---------------------------------------------------------------- kills and Ctrl-C
@@ -356,8 +426,9 @@ def watched():
 
 
 def test_twenty_kills_at_random_moments_change_nothing(watched, contexts, tmp_path):
-    """Killed while it starts, asks, writes and ends; then it runs to its end. The file is that of a run that nobody
-    disturbed, no journal line is lost or there twice, and nothing is asked for again once its line is written."""
+    """Killed twenty times while it starts, asks and writes, then at each step of the end; then it runs to its end. The
+    file is that of a run that nobody disturbed, no journal line is lost or there twice, and nothing is asked for again
+    once its line is written."""
     lines = [json.loads(contexts.read_text().splitlines()[0]) | {"id": f"{n:012d}", "captions": [f"Picture {n}.", "A."]}
              for n in range(1, 121)]  # fmt: skip
     contexts.write_text("\n".join(map(json.dumps, lines)))
@@ -375,7 +446,15 @@ def test_twenty_kills_at_random_moments_change_nothing(watched, contexts, tmp_pa
     written = len(out.joinpath("replies.jsonl").read_bytes().split(b"\n")) - 1
     assert 20 < written < len(watched.names), told  # the kills did come in the middle of the work
     assert not (out / "instruct.json").exists() and "error" not in log.read_text(), told
+    whole = (tmp_path / "whole/instruct.json").read_bytes()
+    for last in range(4):
+        line = [sys.executable, "-c", ENDED, *words_for(watched, contexts, out, "--concurrency", 60), str(last)]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == -signal.SIGKILL, f"{last}: {done.stdout} {done.stderr}"
+        there = out.joinpath("instruct.json")
+        assert there.read_bytes() == whole if last == 3 else not there.exists(), last
     assert run(watched, contexts, out, "--concurrency", 60) == 0
+    assert not list(out.glob(".*.saving"))
     keys = [json.loads(text)["key"] for text in (out / "replies.jsonl").read_text().splitlines()]
     assert sorted(keys) == sorted(watched.names.values()), told
     assert watched.again == [], told

@@ -66,12 +66,20 @@ def test_a_network_that_fails_now_and_then(judge, check, tmp_path, capsys):
     assert KEY not in (tmp_path / "reviews.jsonl").read_text() + output + errors
 
 
+def test_a_judge_may_be_left_its_own_temperature(judge, tmp_path):
+    """Some endpoints refuse every request that names another one."""
+    with TeacherServer(review) as server:
+        server.script = lambda messages, before: "400" if "temperature" in server.bodies[-1] else "answer"
+        assert judge(server, "--temperature=default", "--concurrency=1") == 0
+        assert {"temperature" in body for body in server.bodies} == {False} and len(reviews(tmp_path)) == 90
+
+
 def test_reviews_that_never_come_are_said_and_come_with_the_next_run(judge, check, tmp_path, capsys):
     def trouble(messages: list[dict], before: int) -> str:
         return "500" if len(reference_in(messages)) % 9 == 0 else "answer"
 
     with TeacherServer(review, trouble) as server:
-        assert judge(server, "--retries=0") == 2
+        assert judge(server, "--retries=0") == 1
         output, errors = capsys.readouterr()
         missing = 90 - len(reviews(tmp_path))
         assert 0 < missing < 90 and output == ""
