@@ -26,9 +26,9 @@ def same(found: list[torch.Tensor], expected: tuple[torch.Tensor, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def theirs():
+    torch.manual_seed(0)
     model = their_llava().eval()
     model.set_attn_implementation("eager")  # the only one that returns its maps
-    torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=1 if "q_proj" in name else 0.3)
     return model
