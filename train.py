@@ -118,7 +118,7 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> None:
     if not args.dry_run:
         model.vision.to(device)  # which is never cut
     if args.dry_run and not args.data:
-        work = full_rows(model.config, args.rows_at_once or args.batch_size)
+        work = full_rows(model.config, args.rows_at_once or args.batch_size, args.batch_size)
         return print(report(model.config, stage, How.of(args, args.device), work))
     if model.tokenizer is None:
         raise Error(f"{args.model}: no tokenizer.model in it; training needs one")

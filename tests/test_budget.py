@@ -145,9 +145,10 @@ def test_what_does_not_fit_is_told_what_would_help_and_by_how_much():
 
 
 def test_full_rows_hold_images_of_one_record_each():
-    assert full_rows(LLAVA_7B, 2) == Work(2, 2048, 2 * (2048 - 3 * 576), 6, masked=0)
+    assert full_rows(LLAVA_7B, 2, 6) == Work(2, 2048, 2 * (2048 - 3 * 576), 6, masked=0)
+    assert full_rows(LLAVA_7B, 2, 32).parts == 6  # five of them full
     one = replace(LLAVA_7B, max_length=640)  # a row of one document has one mask
-    assert full_rows(one, 2) == Work(2, 640, 2 * (640 - 576), 2, masked=None)
+    assert full_rows(one, 2, 2) == Work(2, 640, 2 * (640 - 576), 2, masked=None)
 
 
 def batch_of(documents: int, branches: int, T: int = 2048) -> Batch:

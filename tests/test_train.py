@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -332,18 +333,25 @@ def undisturbed(trainer, talks, aligned) -> Path:
     return out
 
 
-@pytest.fixture
-def cut(trainer, talks, aligned, tmp_path, monkeypatch, capsys) -> Path:
-    """A run that Ctrl-C ended at step 5 of 9; its last checkpoint is of step 3."""
+@contextmanager
+def ctrl_c_at(step: int, monkeypatch):
+    """Ctrl-C as a step is reported."""
     report = loop.Run.report
 
     def interrupted(self, *rest):
-        if self.step == 5:
+        if self.step == step:
             raise KeyboardInterrupt
         report(self, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Run, "report", interrupted)
+        yield
+
+
+@pytest.fixture
+def cut(trainer, talks, aligned, tmp_path, monkeypatch, capsys) -> Path:
+    """A run that Ctrl-C ended at step 5 of 9; its last checkpoint is of step 3."""
+    with ctrl_c_at(5, monkeypatch):
         assert trainer.stage(2, talks, tmp_path / "cut", "--model", aligned, *STAGE_2) == 130
     assert "--resume" in capsys.readouterr().err
     return tmp_path / "cut"
@@ -433,15 +441,8 @@ def test_a_run_without_the_begin_of_its_log_is_resumed_once_more(
     trainer, talks, aligned, cut, undisturbed, monkeypatch
 ):
     (cut / "metrics.jsonl").unlink()
-    report, again = loop.Run.report, (2, talks, cut, "--model", aligned, *STAGE_2, "--resume")
-
-    def interrupted(self, *rest):
-        if self.step == 8:
-            raise KeyboardInterrupt
-        report(self, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "report", interrupted)
+    again = (2, talks, cut, "--model", aligned, *STAGE_2, "--resume")
+    with ctrl_c_at(8, monkeypatch):
         assert trainer.stage(*again) == 130
     assert metrics(cut, *SAME) == metrics(undisturbed, *SAME)[3:6]
     assert trainer.stage(*again) == 0

@@ -124,13 +124,13 @@ class Budget:
         return max(self.live, self.weights + self.states + max(moments))
 
 
-def full_rows(config: LlavaConfig, rows: int) -> Work:
+def full_rows(config: LlavaConfig, rows: int, records: int) -> Work:
     """The most that rows can hold where no data says better: every position taken, by images of one record each with
-    64 positions of text, all of it predicted."""
+    64 positions of text, all of it predicted; as many micro-batches as the ``records`` of a step then fill."""
     N, T = config.vision.num_patches, config.max_length
     images = rows * max(1, T // (N + 64))
     documents = (torch.arange(T) // (N + 64)).expand(rows, T)
-    return Work(rows, T, max(rows, rows * T - images * N), images, masked=masked_keys(documents, None))
+    return Work(rows, T, max(rows, rows * T - images * N), images, -(-records // images), masked_keys(documents, None))
 
 
 def masked_keys(documents: torch.Tensor, branches: torch.Tensor | None) -> int | None:
