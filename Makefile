@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo weights test lint clean
+.PHONY: demo weights test notebooks lint clean
 
 demo: .venv/core  ## the whole paper in miniature, from nothing
 	$(BIN)/python train.py miniature --out runs/miniature
@@ -12,6 +12,9 @@ weights: .venv/core  ## remake weights/miniature
 
 test: .venv/core  ## the test suite
 	$(BIN)/python -m pytest
+
+notebooks: .venv/notebooks  ## run the notebooks anew and keep what they show
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 lint: .venv/lint
 	$(BIN)/ruff check .
@@ -24,6 +27,10 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+.venv/notebooks: .venv/core .ci/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[notebooks]"
 	touch $@
 
 .venv/lint: .venv/core .ci/constraints.txt
