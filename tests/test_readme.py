@@ -20,18 +20,38 @@ from nanollava.miniature import language, pretrain, recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROWS = re.findall(  # of the list of all files: a link from its folder, lines
+    r"^\| .* \| \[`[\w/.]+`\]\(([\w/.]+\.py)\) \| (\d+) \|$",
+    (ROOT / "nanollava/README.md").read_text(encoding="utf-8"), flags=re.M,
+)  # fmt: skip
+LISTED = [(ROOT / "nanollava" / link).resolve().relative_to(ROOT).as_posix() for link, _ in ROWS]
+PLUMBING = ("error", "folder", "config", "progress", "train/machine")
 
 
 def test_line_counts_are_those_of_the_files():
-    rows = re.findall(r"^\|.*\| \[`?([\w/.]+)`?\]\(\1\) \| (\d+) \|$", README, flags=re.M)
-    assert len(rows) >= 12
-    for file, lines in rows:
+    for file, (_, lines) in zip(LISTED, ROWS, strict=True):
         assert (ROOT / file).read_text(encoding="utf-8").count("\n") == int(lines), file
+
+
+def test_every_file_of_the_source_is_listed_once():
+    files = {file.relative_to(ROOT).as_posix() for file in (ROOT / "nanollava").rglob("*.py")}
+    plumbing = {f"nanollava/{name}.py" for name in PLUMBING}
+    commands = {f"nanollava/{name}/__main__.py" for name in ("bench", "evaluate", "instruct")}
+    expected = {file for file in files if not file.endswith(("__init__.py", "__main__.py"))} - plumbing | commands
+    assert sorted(LISTED) == sorted(expected | {"train.py", "chat.py"})
 
 
 def test_every_file_that_is_named_exists():
     names = re.findall(r"`((?:nanollava|weights|tests)/[\w./]+|\w+\.py|Makefile|requirements\.txt)`", README)
-    assert names and all((ROOT / name).exists() for name in names)
+    known = {Path(file).name for file in LISTED} | {f"{Path(name).name}.py" for name in PLUMBING}
+    assert [name for name in names if name not in known and not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "nanollava/README.md", "weights/miniature/README.md"])
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8"))
+    inside = [link for link in links if not link.startswith("http")]
+    assert inside and [link for link in inside if not ((ROOT / page).parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("line", re.findall(r"^(?: {4})?python train\.py ((?:.*\\\n)*.*)$", README, flags=re.M))
@@ -93,13 +113,12 @@ def test_every_flag_that_is_named_exists():
 
 
 def test_files_stand_below_those_that_they_import():
-    rows = re.findall(r"^\|.*\| \[`?([\w/.]+\.py)`?\]\(\1\) \| \d+ \|$", README, flags=re.M)
-    for number, file in enumerate(rows):
+    for number, file in enumerate(LISTED):
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         for node in (node for node in tree.body if isinstance(node, ast.ImportFrom)):
             modules = [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
-            for found in {f"{module.replace('.', '/')}.py" for module in modules} & set(rows):
-                assert rows.index(found) < number, f"{file} imports {found}"
+            for found in {f"{module.replace('.', '/')}.py" for module in modules} & set(LISTED):
+                assert LISTED.index(found) < number, f"{file} imports {found}"
 
 
 def test_the_bundled_model_is_the_one_that_this_code_makes_and_says_what_is_printed():
