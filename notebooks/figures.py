@@ -13,8 +13,10 @@ import torch
 from IPython.display import Markdown, display
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
+from sentencepiece import SentencePieceProcessor
 
 from nanollava.images import MEAN, STD
+from nanollava.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parent / "weights" / "miniature"
@@ -200,3 +202,11 @@ def architecture() -> None:
     ax.set(xlim=(-0.4, 4.4), ylim=(1.4, -0.4))
     ax.axis("off")
     plt.show()
+
+
+# 03_language_model, 05_words_that_count
+def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """Each token's own text, the space in front of it included; an image's is <image>."""
+    model = SentencePieceProcessor(str(tokenizer.file))
+    shown = [model.id_to_piece(i) if i >= 0 else "<image>" for i in ids]
+    return [piece.replace("▁", " ").replace("<0x0A>", "\n") for piece in shown]
