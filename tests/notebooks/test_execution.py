@@ -30,7 +30,7 @@ def test_it_runs_and_shows_what_is_committed(file):
     solutions = re.findall(r"^```python\n(.*?)^```", exercises, flags=re.M | re.S)
     fresh.cells += [nbformat.v4.new_code_cell(code) for code in solutions]
     client = nbclient.NotebookClient(
-        fresh, MOST_SECONDS, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
+        fresh, timeout=MOST_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
     )
     client.execute()
     for kept, made in zip(committed.cells, fresh.cells, strict=False):
