@@ -24,10 +24,10 @@ from nanollava.generate import Sampling, generate
 from nanollava.images import check_image, open_image, preprocess
 from nanollava.instruct.journal import Journal
 from nanollava.llava import Llava
+from nanollava.progress import minutes
 from nanollava.tokenizer import IMAGE_TOKEN
 from nanollava.train.features import fingerprint
 from nanollava.train.keep import alone
-from nanollava.train.loop import minutes
 
 TELL_EVERY = 10  # seconds
 
