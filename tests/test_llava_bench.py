@@ -292,12 +292,12 @@ def cut(name: str) -> Callable[[Path], None]:
 WRONG = [
     (lambda folder: (folder / "answers.jsonl").unlink(), "answers.jsonl: cannot be read (No such file"),
     (lambda folder: (folder / "answers.jsonl").write_text(""), "answers.jsonl: is empty"),
-    (cut("answers.jsonl"), "answers.jsonl: line 4: is not whole JSON"),
-    (cut("reference.jsonl"), "reference.jsonl: line 4: is not whole JSON"),
-    (cut("questions.jsonl"), "questions.jsonl: line 4: is not whole JSON"),
-    (cut("context.jsonl"), "context.jsonl: line 3: is not whole JSON"),
+    (cut("answers.jsonl"), "answers.jsonl, line 4: is not whole JSON"),
+    (cut("reference.jsonl"), "reference.jsonl, line 4: is not whole JSON"),
+    (cut("questions.jsonl"), "questions.jsonl, line 4: is not whole JSON"),
+    (cut("context.jsonl"), "context.jsonl, line 3: is not whole JSON"),
     (lambda folder: (folder / "answers.jsonl").write_bytes(b"\xff\xfe"), "answers.jsonl: is not UTF-8"),
-    (lambda folder: (folder / "answers.jsonl").write_text("[1]\n"), "answers.jsonl: line 1: holds a list"),
+    (lambda folder: (folder / "answers.jsonl").write_text("[1]\n"), "answers.jsonl, line 1: holds a list"),
     (edit("answers.jsonl", lambda rows: rows.append(rows[0] | {"question_id": 95})), "ids that"),
     (edit("answers.jsonl", lambda rows: rows.append(rows[0] | {"question_id": 95})), "does not have: 1 (95)"),
     (edit("answers.jsonl", lambda rows: rows.append(rows[0])), "line 5: question_id 2 is there twice"),
@@ -321,6 +321,7 @@ WRONG = [
     (edit("context.jsonl", lambda rows: rows[0].update(captions=[])), "context.jsonl, line 1: captions"),
     (edit("context.jsonl", lambda rows: rows.append(rows[0])), "image b.png is there twice"),
     (edit("context.jsonl", lambda rows: rows[1].update(caption=None)), 'image b.png: "caption" must be'),
+    (edit("context.jsonl", lambda rows: rows[0].update(caption="\ud800")), 'image b.png: "caption" must be'),
 ]
 
 
@@ -363,6 +364,8 @@ def test_reviews_are_not_mixed_with_those_of_other_answers_rules_or_judges(bench
     [
         ([{"question_id": 1, "category": "conv"}], 'needs "content"'),
         ([{"question_id": 1, "category": "conv", "tuple": [1, "x"]}], 'needs "content"'),
+        ([{"question_id": 1, "category": "conv", "tuple": [1, float("nan")]}], 'needs "content"'),
+        ([{"question_id": 1, "category": "conv", "tuple": [10**400, 1]}], 'needs "content"'),
         ([{"question_id": 1, "category": "maths", "tuple": [1, 1]}], "'maths'"),
         ([{"question_id": 1, "tuple": [1, 1]}], '"category" is missing'),
         ([{"question_id": 1, "category": "conv", "tuple": [1, 1]},

@@ -48,7 +48,8 @@ def ask_for_all(
 
     def finish(request: Request, reply: Reply) -> dict:
         costs = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
-        return known[request.key] | read(reply.text) | costs
+        text = reply.text.encode(errors="replace").decode()  # halves of characters, which no later step would read
+        return known[request.key] | read(text) | costs
 
     with alone(args.out), Journal(args.out) as journal:
         check_resumed(args.out, journal.done, known)

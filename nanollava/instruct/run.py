@@ -13,13 +13,14 @@ from collections import Counter
 from pathlib import Path
 
 from nanollava.error import Error, printable
+from nanollava.files import write_whole
 from nanollava.folder import read_json
 from nanollava.instruct.contexts import Context
-from nanollava.instruct.journal import Journal, ask_all, write_whole
+from nanollava.instruct.journal import Journal, ask_all
 from nanollava.instruct.messages import KINDS, Prompts, estimate_messages
 from nanollava.instruct.plan import Item
 from nanollava.instruct.replies import Turn, Unusable, record_of, turns_of
-from nanollava.instruct.teacher import Request, Teacher
+from nanollava.instruct.teacher import Request, Teacher, tokens_in
 
 OF = {name: f"--{name}" for name in ("seed", "teacher", "temperature", "prompts")} | {"input": "captions and boxes"}
 
@@ -42,7 +43,7 @@ class Run:
             "prompts": prompts.checksum,
             "input": hashlib.sha256(repr(contexts).encode()).hexdigest()[:16],
         }
-        check_settings(out / "settings.json", settings)
+        check_settings(out / "settings.json", settings, begun=bool(self.journal.done))
 
     def __enter__(self) -> "Run":
         return self
@@ -126,12 +127,17 @@ class Run:
         """What the replies to the plan took, those included that others have replaced."""
         done, replaced = self.journal.done, self.journal.replaced
         replies = [r for i in self.plan if i.key in done for r in (*replaced[i.key], done[i.key])]
-        read, written = (sum(reply.get(f"{name}_tokens", 0) for reply in replies) for name in ("prompt", "completion"))
+        read, written = (
+            sum(tokens_in(reply.get(f"{name}_tokens")) for reply in replies) for name in ("prompt", "completion")
+        )
         return f"Tokens: {read:,} read and {written:,} written by {self.teacher.name}"
 
 
-def check_settings(file: Path, settings: dict) -> None:
-    """Write down what a run is made with. Raises Error where the file has something else."""
+def check_settings(file: Path, settings: dict, begun: bool) -> None:
+    """Write down what a run is made with. Raises Error where the file has something else, or is gone from a run that
+    has ``begun``."""
+    if not file.exists() and begun:
+        raise Error(f"{file}: is gone, and without it nothing tells whose replies these are; choose another --out")
     if not file.exists():
         return write_whole(file, json.dumps(settings, indent=2) + "\n")
     before = read_json(file)
