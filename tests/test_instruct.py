@@ -634,14 +634,17 @@ def test_one_folder_takes_no_run_with_other_settings(words, told, drawn, tmp_pat
     assert contents(tmp_path / "out") == before
 
 
-def test_replies_of_which_nothing_tells_whose_they_are_are_not_gone_on_with(drawn, tmp_path, capsys):
+def test_what_another_left_in_the_folder_is_neither_gone_on_with_nor_replaced(drawn, tmp_path, capsys):
     words = ("--world", drawn, "--out", tmp_path / "out", "--records", 4)
     assert run(*words) == 0
     (tmp_path / "out/settings.json").unlink()
-    before = contents(tmp_path / "out")
-    assert "settings.json: is gone" in refused(capsys, *words, "--seed", 1) and contents(tmp_path / "out") == before
-    (tmp_path / "out/replies.jsonl").write_text("")  # killed before the first reply, and before the settings
-    assert run(*words, "--seed", 1) == 0
+    (tmp_path / "out/rejected.jsonl").write_text("{}")
+    for name in ("replies.jsonl", "rejected.jsonl", "instruct.json"):
+        before = contents(tmp_path / "out")
+        assert f"out: holds {name}, and no settings.json" in refused(capsys, *words, "--seed", 1)
+        assert contents(tmp_path / "out") == before
+        (tmp_path / "out" / name).write_text("")
+    assert run(*words, "--seed", 1) == 0  # as after a kill before the first reply, and before the settings
 
 
 def test_tokens_that_somebody_wrote_into_the_journal_in_words_are_not_counted(drawn, tmp_path, capsys):

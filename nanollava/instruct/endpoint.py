@@ -157,7 +157,8 @@ def read_key(base_url: str) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         parts, host = None, None
-    if not host or parts.scheme not in ("http", "https"):
+    plain = base_url.isprintable() and " " not in base_url
+    if not host or not plain or parts.scheme not in ("http", "https"):
         raise Error(f"--base-url {printable(base_url)}: give one like http://localhost:8000/v1")
     key = os.environ.get(KEY, "").strip()
     if not key and not is_local(host):

@@ -8,6 +8,7 @@ OUT/instruct.json    the records in the official format, in the order of the pla
 
 import hashlib
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -35,6 +36,7 @@ class Run:
         self, out: Path, plan: list[Item], prompts: Prompts, contexts: list[Context], teacher: Teacher, seed: int
     ):
         self.out, self.plan, self.prompts, self.teacher, self.seed = out, plan, prompts, teacher, seed
+        check_unclaimed(out)
         self.journal = Journal(out / "replies.jsonl")
         settings = {
             "seed": seed,
@@ -43,7 +45,7 @@ class Run:
             "prompts": prompts.checksum,
             "input": hashlib.sha256(repr(contexts).encode()).hexdigest()[:16],
         }
-        check_settings(out / "settings.json", settings, begun=bool(self.journal.done))
+        check_settings(out / "settings.json", settings)
 
     def __enter__(self) -> "Run":
         return self
@@ -133,14 +135,19 @@ class Run:
         return f"Tokens: {read:,} read and {written:,} written by {self.teacher.name}"
 
 
-def check_settings(file: Path, settings: dict, begun: bool) -> None:
-    """Write down what a run is made with. Raises Error where the file has something else, or is gone from a run that
-    has ``begun``."""
-    if not file.exists() and begun:
-        raise Error(f"{file}: is gone, and without it nothing tells whose replies these are; choose another --out")
-    if not file.exists():
+def check_unclaimed(out: Path) -> None:
+    """Raises Error for files of a run's names and without its settings: they are another's, and would be replaced."""
+    for name in ("replies.jsonl", "rejected.jsonl", "instruct.json"):
+        if not os.path.exists(out / "settings.json") and os.path.exists(out / name) and os.path.getsize(out / name):
+            problem = f"holds {name}, and no settings.json that tells what it was made with"
+            raise Error(f"{out}: {problem}; choose another --out")
+
+
+def check_settings(file: Path, settings: dict) -> None:
+    """Write down what a run is made with. Raises Error where the file has something else."""
+    if not os.path.exists(file):
         return write_whole(file, json.dumps(settings, indent=2) + "\n")
-    before = read_json(file)
+    before = read_json(file, "choose another --out")
     for name, value in settings.items():
         if before.get(name) != value:
             other = f"began with another {name}, {printable(str(before.get(name)), 100)} and not {value}"

@@ -241,7 +241,7 @@ def test_what_fails_in_every_run_keeps_no_records_back(contexts, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    ("url", "proxy"), [("http://a b/v1", ""), ("http://localhost:1/v1", "gopher://user:secret@localhost:1")]
+    ("url", "proxy"), [("http://x..\u00e9/v1", ""), ("http://localhost:1/v1", "gopher://user:secret@localhost:1")]
 )
 def test_an_address_or_a_proxy_that_cannot_be_used_is_one_line(url, proxy, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "")
@@ -265,7 +265,7 @@ def test_options_go_with_the_request_and_newer_models_get_the_newer_name():
 
 
 def test_as_many_requests_at_once_as_allowed_and_never_more(contexts, tmp_path):
-    with TeacherServer(script=lambda messages, before: "delay 0.05") as server:
+    with TeacherServer(script=lambda messages, before: "delay 0.3") as server:
         assert run(server, contexts, tmp_path / "out", "--concurrency", 7) == 0
     assert server.at_once == 7 and set(server.asked.values()) == {1}
 
@@ -402,6 +402,8 @@ def test_the_key_goes_to_the_endpoint_and_nowhere_else(actions, contexts, tmp_pa
         ("localhost:8000", "sk-a", "--base-url localhost:8000: give one like http"),
         ("http://[::1", "sk-a", "--base-url"),
         ("http://localhost:none/v1", "sk-a", "--base-url"),
+        ("http://a b/v1", "sk-a", "--base-url http://a b/v1: give one like http"),
+        ("http://localhost:1/v1\n", "sk-a", "--base-url http://localhost:1/v1\\n: give one like http"),
     ],
 )
 def test_a_key_that_cannot_be_one_and_addresses_that_are_none(url, value, words, monkeypatch):
