@@ -1,4 +1,4 @@
-"""Text files: JSON lines are read, and a file is written as a whole."""
+"""Text files: prose and JSON lines are read, and a file is written as a whole."""
 
 import json
 import os
@@ -33,6 +33,19 @@ def json_lines(file: Path) -> Iterator[tuple[str, dict]]:
         if not isinstance(content, dict):
             raise Error(f"{place}: holds a {type(content).__name__}, expected an object {{...}}")
         yield place, content
+
+
+def plain_text(file: Path, remedy: str) -> str:
+    """What a text file says, without the white space around it. Raises Error with the ``remedy`` where that is nothing,
+    or it cannot be read."""
+    try:
+        text = file.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = first_line(error) if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise Error(f"{file}: cannot be read ({reason}); {remedy}") from error
+    if not text:
+        raise Error(f"{file}: is empty; {remedy}")
+    return text
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanollava.error import Error
-from nanollava.files import check_apart, json_lines, write_whole
+from nanollava.files import check_apart, json_lines, plain_text, write_whole
 
 
 def test_lines_are_read_whatever_ends_them_and_with_a_mark_of_byte_order(tmp_path):
@@ -36,6 +36,24 @@ def test_lines_that_are_wrong_are_told_by_file_and_number(content, told, tmp_pat
     with pytest.raises(Error) as error:
         list(json_lines(file))
     assert str(error.value).startswith(f"{file}{told}")
+
+
+def test_prose_is_read_without_marks_and_space_around_it(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbf\r\nQuestion:\r\nWhat? \r\n")
+    assert plain_text(file, "write it") == "Question:\nWhat?"
+    for content, told in (
+        (b" \n", "is empty"),
+        (b"\xe9", "cannot be read ('utf-8' codec"),
+        (None, "cannot be read (No"),
+    ):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(Error) as error:
+            plain_text(file, "write it")
+        assert str(error.value).startswith(f"{file}: {told}") and str(error.value).endswith("; write it")
+        file.touch()
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):

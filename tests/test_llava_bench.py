@@ -15,7 +15,7 @@ import pytest
 from nanollava.error import Error
 from nanollava.evaluate import replies
 from nanollava.evaluate.__main__ import main
-from nanollava.evaluate.llava_bench import parse_scores, relative_score
+from nanollava.evaluate.llava_bench import find_image, parse_scores, relative_score
 from nanollava.instruct.teacher import Reply, Request, Teacher, Unanswered
 from nanollava.miniature.scenes import draw, random_scene
 from nanollava.train.keep import alone
@@ -547,13 +547,22 @@ def test_pictures_may_have_the_names_of_val2014(pictures, capsys):
     assert (pictures / "long").read_bytes() == (pictures / "short").read_bytes()
 
 
+def test_names_that_no_picture_can_have_are_left_to_the_check_of_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("", ".", "n" * 300, "a\0b"):
+        assert find_image(Path("."), name) == Path(".") / name
+
+
 WRONG_ANSWERS = [
     (
         edit("questions.jsonl", lambda rows: rows[1].update(text="Another one?")),
         'out: question 1 was made with another "prompt"',
     ),
     (edit("questions.jsonl", lambda rows: rows.pop()), "out: question 4 is none of the questions now"),
-    (edit("questions.jsonl", lambda rows: rows[0].update(image="../a.png")), "leads out of the image folder"),
+    (
+        edit("questions.jsonl", lambda rows: rows[0].update(image="../a.png")),
+        "questions.jsonl: question_id 0: image name '../a.png' leads out of the image folder",
+    ),
     (lambda folder: (folder / "images" / "b.png").unlink(), "1 of the images cannot be used; the first: "),
     (lambda folder: (folder / "images" / "b.png").write_text(""), "b.png: the image is an empty file"),
     (lambda folder: (folder / "questions.jsonl").unlink(), "questions.jsonl: cannot be read"),

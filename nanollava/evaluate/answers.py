@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +117,15 @@ def template(model: Llava) -> str:
 def look(model: Llava, image: Path) -> Tensor:
     """(3, S, S) pixels, as the official evaluation takes them: not turned by what EXIF says."""
     return preprocess(open_image(image), model.config.vision.image_size, model.config.image_aspect_ratio)
+
+
+@contextmanager
+def placed(place: str) -> Iterator[None]:
+    """An Error of the block is told with its place in front."""
+    try:
+        yield
+    except Error as error:
+        raise Error(f"{place}: {error}") from error
 
 
 def check_images(asked: list[Asked]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from nanollava.error import Error, printable, some
 from nanollava.evaluate import review, tables
-from nanollava.evaluate.answers import Asked, add_answer_options, answer_all
+from nanollava.evaluate.answers import Asked, add_answer_options, answer_all, placed
 from nanollava.evaluate.lines import read_lines
 from nanollava.evaluate.replies import add_reply_options, ask_for_all
 from nanollava.instruct.contexts import is_number
@@ -76,7 +76,11 @@ def means(pairs: Iterable[Pair | None]) -> Pair:
 def answer(args: argparse.Namespace) -> None:
     """The model's answers to all questions, in the official format."""
     questions = read_lines(args.questions, texts=("image", "text")).values()
-    answer_all(args, [Asked(q["question_id"], q["text"], find_image(args.images, q["image"])) for q in questions])
+    asked = []
+    for q in questions:
+        with placed(f"{args.questions}: question_id {q['question_id']}"):
+            asked.append(Asked(q["question_id"], q["text"], find_image(args.images, q["image"])))
+    answer_all(args, asked)
 
 
 def find_image(folder: Path, name: str) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nanollava.error import Error, some
 from nanollava.evaluate import tables
-from nanollava.evaluate.answers import Asked, add_answer_options, answer_all, digest
+from nanollava.evaluate.answers import Asked, add_answer_options, answer_all, digest, placed
 from nanollava.evaluate.lines import check_known, is_text, read_lines
 from nanollava.evaluate.problems import FORMATS, Problem, make_record, prompt, question, read_problems
 from nanollava.evaluate.replies import add_reply_options, ask_for_all, chat, rule
@@ -51,7 +51,8 @@ def answer(args: argparse.Namespace) -> None:
     """The model's answers to the problems of a split, in the official format."""
     asked = []
     for i, problem in read_problems(args.data, args.split).items():
-        image = image_path(args.images, problem.image_name) if problem.image else None
+        with placed(f"{args.data / 'problems.json'}: problem {i}"):
+            image = image_path(args.images, problem.image_name) if problem.image else None
         asked.append(Asked(i, question(problem, args.prompt), image))
     answer_all(args, asked)
 
