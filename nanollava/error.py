@@ -1,5 +1,6 @@
 """The one exception that says what a user did wrong, and how to say it on a terminal."""
 
+import os
 import sys
 
 
@@ -41,6 +42,9 @@ def out_of_memory(error: Exception) -> bool:
 
 def say(error: Exception) -> int:
     """Print what a user or the machine did wrong, in one line; the exit status. A mistake of ours is raised again."""
+    if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+        return 1
     if not (line := one_line(error)):
         raise error
     print(f"error: {line}", file=sys.stderr)

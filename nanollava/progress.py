@@ -18,3 +18,8 @@ def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
             last, left = now, (now - began) / max(1, done) * (total - done)
             print(f"{done:,} of {total:,} {what}, about {left:.0f} s left", file=sys.stderr, flush=True)
         yield item
+
+
+def minutes(seconds: float) -> str:
+    """Minutes and seconds: 125 is 2:05."""
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"

@@ -25,8 +25,9 @@ class TeacherServer(ThreadingHTTPServer):
 
     answer: messages -> the text of a reply.
     script: (messages, how often they were asked before) -> what to do: "answer", "delay 0.5", "drop", "429", "429 2"
-        (with Retry-After), "500", any other status, "cut JSON", "half" (of the announced bytes), "page" (HTML),
-        "empty", "nothing" (no choices), "separators", "length", "content_filter", or "echo" (the key comes back).
+        (with Retry-After), "500", any other status, "cut JSON", "half" (of the announced bytes), "page" (HTML), "deep"
+        (JSON nested without end), "parts" (content that is no text), "words" (tokens that are no numbers), "empty",
+        "nothing" (no choices), "separators", "length", "content_filter", or "echo" (the key comes back).
     before: called with the messages as soon as they are there.
     asked: how often the same messages came, by their JSON; at_once: the most that were under way at a time.
     """
@@ -97,6 +98,15 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(int(what), number)
         elif what == "page":
             self.send(200, "<html>Welcome to the proxy</html>", "text/html")
+        elif what == "deep":
+            self.send(200, "[" * 200_000)
+        elif what in ("parts", "words"):
+            answer = json.loads(self.completion(messages, text, "stop"))
+            if what == "parts":
+                answer["choices"][0]["message"]["content"] = [{"type": "text", "text": text}]
+            else:
+                answer["usage"] = {"prompt_tokens": "12", "completion_tokens": -3.5}
+            self.send(200, json.dumps(answer))
         elif what == "nothing":
             self.send(200, json.dumps({"object": "chat.completion", "choices": []}))
         else:

@@ -145,9 +145,14 @@ def test_one_file_of_every_kind(checked):
     concerned = sum(bool(kinds) for _, kinds in CASES)
     assert f"{len(CASES)} records; something was found in {concerned} of them" in printed
     lines = {line.split("  ")[1]: line for line in printed.splitlines() if line.startswith("  ")}
-    assert lines[REFUSED["roles out of order"]].endswith(" 2  roles1, roles2")
-    assert lines[REFUSED["no record"]].endswith(" 4  form1, number 4, form3, form4")
-    assert lines[LOSSES["cut"]].endswith(" 3  cut, lost, several")
+    place = {str(case.get("id")): n for n, (case, _) in enumerate(CASES) if isinstance(case, dict)}
+    roles, form, cut = (
+        [name if name == "number 4" else f"{name} (number {place[name]})" for name in names]
+        for names in (("roles1", "roles2"), ("form1", "number 4", "form3", "form4"), ("cut", "lost", "several"))
+    )
+    assert lines[REFUSED["roles out of order"]].endswith(f" 2  {', '.join(roles)}")
+    assert lines[REFUSED["no record"]].endswith(f" 4  {', '.join(form)}")
+    assert lines[LOSSES["cut"]].endswith(f" 3  {', '.join(cut)}")
     assert "exact, with the tokenizer of" in printed and "rows of 200 positions, 4 for an image, vicuna_v1" in printed
 
 
@@ -162,7 +167,9 @@ def test_the_first_few_ids_are_shown_of_many(checked):
     many[0]["id"], many[1]["id"] = "two\nlines", "x" * 200
     _, found, printed = checked(many)
     (line,) = [line for line in printed.splitlines() if "an answer is empty" in line]
-    assert found["empty answer"] == 7 and line.endswith(f"two\\nlines, {'x' * 30} ..., n2, n3, n4, ...")
+    assert found["empty answer"] == 7 and line.endswith(
+        f"two\\nlines (number 0), {'x' * 30} ... (number 1), n2 (number 2), n3 (number 3), n4 (number 4), ..."
+    )
 
 
 def test_captions_by_the_template_of_stage_1(checked):

@@ -2,6 +2,7 @@
 network. What goes over the network is in oracle/test_instruct_endpoint.py."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -16,7 +17,7 @@ from nanollava.error import Error
 from nanollava.evaluate.miniature import parse_description
 from nanollava.instruct import __main__ as command
 from nanollava.instruct import brief, messages
-from nanollava.instruct.contexts import Context, read_coco, read_lines
+from nanollava.instruct.contexts import Context, name_of, read_coco, read_lines
 from nanollava.instruct.local import LocalTeacher
 from nanollava.instruct.messages import FOLDER, KINDS, estimate, read_prompts
 from nanollava.instruct.plan import make_plan, most_records, shares
@@ -171,7 +172,10 @@ def test_a_captions_file_that_is_wrong_is_told_by_file_and_entry(path, value, wo
         ("images/0/width", None, ["instances.json: image 42: width and height are missing"]),
         ("annotations/0/image_id", 8, ["instances.json: annotation 1: image_id 8 is none of its images"]),
         ("annotations/1/category_id", 4, ["instances.json: annotation 2: category_id 4 is none of its categories"]),
+        ("annotations/1/category_id", [3], ["instances.json: annotation 2: category_id [3] is none of its categories"]),
         ("annotations/1/bbox", [1, 2, 3], ["instances.json: annotation 2: bbox: give four numbers"]),
+        ("annotations/1/bbox", [10**400, 2, 3, 4], ["instances.json: annotation 2: bbox: give four numbers"]),
+        ("images/0/width", 10**400, ["instances.json: image 42: width and height are missing, or no sizes"]),
         ("annotations/1/bbox", [1, 2, 3, float("nan")], ["instances.json: annotation 2: bbox: give four numbers"]),
         ("annotations/1/bbox", [600, 2, 300, 4], ["instances.json: annotation 2: bbox", "not inside of its image"]),
         ("categories/0/name", "", ["instances.json: category 3: name: missing, empty"]),
@@ -241,7 +245,23 @@ def test_json_lines_that_are_wrong_are_told_by_line(lines, words, tmp_path, caps
         ),
         (["--world", "{}", "--teacher", "endpoint", "--concurrency", 0], "--concurrency 0: give 1 or more"),
         (["--world", "{}", "--timeout", 0], "--timeout 0.0: give more than 0"),
+        (["--world", "{}", "--timeout", "inf"], "--timeout inf: give more than 0 seconds, at most 86,400"),
+        (["--world", "{}", "--retry-pause", 1e9], "--retry-pause 1000000000.0: give 0 or more, at most 86,400"),
         (["--world", "{}", "--temperature", "nan"], "--temperature nan: give 0 or more"),
+        (["--world", "{}", "--temperature", "inf"], "--temperature inf: give 0 or more, at most 100"),
+        (
+            [
+                "--captions",
+                "{}/captions.json",
+                "--instances",
+                "{}/instances.json",
+                "--teacher",
+                "endpoint",
+                "--teacher-model",
+                "a\nb",
+            ],
+            "name its model too, on one line",
+        ),
         (["--captions", "{}/captions.json", "--instances", "{}/instances.json", "--teacher", "endpoint"], "its model"),
     ],
 )
@@ -614,6 +634,27 @@ def test_one_folder_takes_no_run_with_other_settings(words, told, drawn, tmp_pat
     assert contents(tmp_path / "out") == before
 
 
+def test_what_another_left_in_the_folder_is_neither_gone_on_with_nor_replaced(drawn, tmp_path, capsys):
+    words = ("--world", drawn, "--out", tmp_path / "out", "--records", 4)
+    assert run(*words) == 0
+    (tmp_path / "out/settings.json").unlink()
+    (tmp_path / "out/rejected.jsonl").write_text("{}")
+    for name in ("replies.jsonl", "rejected.jsonl", "instruct.json"):
+        before = contents(tmp_path / "out")
+        assert f"out: holds {name}, and no settings.json" in refused(capsys, *words, "--seed", 1)
+        assert contents(tmp_path / "out") == before
+        (tmp_path / "out" / name).write_text("")
+    assert run(*words, "--seed", 1) == 0  # as after a kill before the first reply, and before the settings
+
+
+def test_tokens_that_somebody_wrote_into_the_journal_in_words_are_not_counted(drawn, tmp_path, capsys):
+    words = ("--world", drawn, "--out", tmp_path / "out", "--records", 4)
+    assert run(*words) == 0
+    file = tmp_path / "out/replies.jsonl"
+    file.write_text(file.read_text().replace('"prompt_tokens": 0', '"prompt_tokens": "many"'))
+    assert run(*words) == 0 and "Tokens: 0 read" in capsys.readouterr().out
+
+
 def test_two_runs_in_one_folder_are_one_too_many(drawn, tmp_path, capsys):
     with alone(tmp_path / "out"):
         assert "another run is writing to it" in refused(capsys, "--world", drawn, "--out", tmp_path / "out")
@@ -704,6 +745,19 @@ def test_a_dry_run_prints_a_prompt_of_each_kind_and_asks_nobody(drawn, tmp_path,
     assert re.search(rf"all +10 +{read:,} +[\d,]+\n", told) and "Estimated: a word" in told
 
 
+def test_a_dry_run_of_which_only_the_first_lines_are_read_ends_quietly(drawn, monkeypatch):
+    """As in  python -m nanollava.instruct ... --dry-run | head."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, os.fdopen(writer, "w") as closed:
+        patch.setattr(sys, "stdout", closed)
+        assert run("--world", drawn, "--dry-run") == 1
+
+
+def test_an_id_of_many_digits_is_a_name():
+    assert [name_of(x) for x in (42, "42", "00000000000042", "9" * 5000)] == [*["000000000042"] * 3, "9" * 5000]
+
+
 def test_stage_1_gets_brief_questions_with_captions(drawn, tiny_tokenizer_file, tmp_path, capsys):
     out = tmp_path / "deep" / "captions.json"
     told = drawn / "annotations/captions_train.json"
@@ -724,6 +778,9 @@ def test_stage_1_gets_brief_questions_with_captions(drawn, tiny_tokenizer_file, 
     assert run("brief", "--captions", told, "--out", tmp_path / "other.json", "--seed", 1) == 0
     assert (tmp_path / "other.json").read_bytes() != out.read_bytes()
     assert f"--out {tmp_path}: is a folder" in refused(capsys, "brief", "--captions", told, "--out", tmp_path)
+    before = told.read_bytes()
+    assert f"--out {told}: is {told}, which is read" in refused(capsys, "brief", "--captions", told, "--out", told)
+    assert told.read_bytes() == before
 
 
 def test_ctrl_c_in_brief_says_that_nothing_is_there(drawn, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ import pytest
 from nanollava.error import Error
 from nanollava.evaluate import replies
 from nanollava.evaluate.__main__ import main
-from nanollava.evaluate.llava_bench import parse_scores, relative_score
+from nanollava.evaluate.llava_bench import find_image, parse_scores, relative_score
 from nanollava.instruct.teacher import Reply, Request, Teacher, Unanswered
 from nanollava.miniature.scenes import draw, random_scene
 from nanollava.train.keep import alone
@@ -292,12 +292,12 @@ def cut(name: str) -> Callable[[Path], None]:
 WRONG = [
     (lambda folder: (folder / "answers.jsonl").unlink(), "answers.jsonl: cannot be read (No such file"),
     (lambda folder: (folder / "answers.jsonl").write_text(""), "answers.jsonl: is empty"),
-    (cut("answers.jsonl"), "answers.jsonl: line 4: is not whole JSON"),
-    (cut("reference.jsonl"), "reference.jsonl: line 4: is not whole JSON"),
-    (cut("questions.jsonl"), "questions.jsonl: line 4: is not whole JSON"),
-    (cut("context.jsonl"), "context.jsonl: line 3: is not whole JSON"),
+    (cut("answers.jsonl"), "answers.jsonl, line 4: is not whole JSON"),
+    (cut("reference.jsonl"), "reference.jsonl, line 4: is not whole JSON"),
+    (cut("questions.jsonl"), "questions.jsonl, line 4: is not whole JSON"),
+    (cut("context.jsonl"), "context.jsonl, line 3: is not whole JSON"),
     (lambda folder: (folder / "answers.jsonl").write_bytes(b"\xff\xfe"), "answers.jsonl: is not UTF-8"),
-    (lambda folder: (folder / "answers.jsonl").write_text("[1]\n"), "answers.jsonl: line 1: holds a list"),
+    (lambda folder: (folder / "answers.jsonl").write_text("[1]\n"), "answers.jsonl, line 1: holds a list"),
     (edit("answers.jsonl", lambda rows: rows.append(rows[0] | {"question_id": 95})), "ids that"),
     (edit("answers.jsonl", lambda rows: rows.append(rows[0] | {"question_id": 95})), "does not have: 1 (95)"),
     (edit("answers.jsonl", lambda rows: rows.append(rows[0])), "line 5: question_id 2 is there twice"),
@@ -321,6 +321,7 @@ WRONG = [
     (edit("context.jsonl", lambda rows: rows[0].update(captions=[])), "context.jsonl, line 1: captions"),
     (edit("context.jsonl", lambda rows: rows.append(rows[0])), "image b.png is there twice"),
     (edit("context.jsonl", lambda rows: rows[1].update(caption=None)), 'image b.png: "caption" must be'),
+    (edit("context.jsonl", lambda rows: rows[0].update(caption="\ud800")), 'image b.png: "caption" must be'),
 ]
 
 
@@ -363,6 +364,8 @@ def test_reviews_are_not_mixed_with_those_of_other_answers_rules_or_judges(bench
     [
         ([{"question_id": 1, "category": "conv"}], 'needs "content"'),
         ([{"question_id": 1, "category": "conv", "tuple": [1, "x"]}], 'needs "content"'),
+        ([{"question_id": 1, "category": "conv", "tuple": [1, float("nan")]}], 'needs "content"'),
+        ([{"question_id": 1, "category": "conv", "tuple": [10**400, 1]}], 'needs "content"'),
         ([{"question_id": 1, "category": "maths", "tuple": [1, 1]}], "'maths'"),
         ([{"question_id": 1, "tuple": [1, 1]}], '"category" is missing'),
         ([{"question_id": 1, "category": "conv", "tuple": [1, 1]},
@@ -544,13 +547,22 @@ def test_pictures_may_have_the_names_of_val2014(pictures, capsys):
     assert (pictures / "long").read_bytes() == (pictures / "short").read_bytes()
 
 
+def test_names_that_no_picture_can_have_are_left_to_the_check_of_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("", ".", "n" * 300, "a\0b"):
+        assert find_image(Path("."), name) == Path(".") / name
+
+
 WRONG_ANSWERS = [
     (
         edit("questions.jsonl", lambda rows: rows[1].update(text="Another one?")),
         'out: question 1 was made with another "prompt"',
     ),
     (edit("questions.jsonl", lambda rows: rows.pop()), "out: question 4 is none of the questions now"),
-    (edit("questions.jsonl", lambda rows: rows[0].update(image="../a.png")), "leads out of the image folder"),
+    (
+        edit("questions.jsonl", lambda rows: rows[0].update(image="../a.png")),
+        "questions.jsonl: question_id 0: image name '../a.png' leads out of the image folder",
+    ),
     (lambda folder: (folder / "images" / "b.png").unlink(), "1 of the images cannot be used; the first: "),
     (lambda folder: (folder / "images" / "b.png").write_text(""), "b.png: the image is an empty file"),
     (lambda folder: (folder / "questions.jsonl").unlink(), "questions.jsonl: cannot be read"),

@@ -72,6 +72,26 @@ def test_a_damaged_file_of_the_world_is_named(small_world, tmp_path):
     assert len(world.read_split(tmp_path, "val")) == len(world.read_split(small_world, "val"))
 
 
+def test_worlds_that_cannot_be_asked_about_are_one_line(small_world, tmp_path, monkeypatch):
+    """Too small for so many questions, of one scene alone, with annotations or records of something else."""
+    monkeypatch.setattr(evaluation, "IN_VAIN", 1000)
+    with pytest.raises(Error, match="the test scenes hold no 1000 questions about colour; draw more of them"):
+        evaluation.make_items(small_world, 1000)
+    shutil.copytree(small_world, tmp_path / "world", ignore=shutil.ignore_patterns("images"))
+    told, boxed = (tmp_path / f"world/annotations/{name}_test.json" for name in ("captions", "instances"))
+    content = json.loads(told.read_text())
+    told.write_text(json.dumps(content | {"images": content["images"][:1]}))
+    with pytest.raises(Error, match="the pictures of test all show the same"):
+        evaluation.make_items(tmp_path / "world", 1)
+    for damage in ({"categories": []}, {"annotations": [{}]}, {"annotations": None}):
+        boxed.write_text(json.dumps(json.loads((small_world / "annotations" / boxed.name).read_text()) | damage))
+        with pytest.raises(Error, match="the annotations of test are not those of a drawn world"):
+            evaluation.make_items(tmp_path / "world", 1)
+    (tmp_path / "world/instruct.json").write_text(json.dumps([{"id": "1", "conversations": []}]))
+    with pytest.raises(Error, match=r"instruct.json: record number 0 has no kind, wordings and forms"):
+        evaluation.guesses(tmp_path / "world", evaluation.make_items(small_world, 1))
+
+
 def test_boxes_alone_give_back_the_scene_that_was_drawn():
     for seed, scene in enumerate(some_scenes(200)):
         _, boxes = draw(scene, seed)

@@ -25,7 +25,7 @@ ROWS = re.findall(  # of the list of all files: a link from its folder, lines
     (ROOT / "nanollava/README.md").read_text(encoding="utf-8"), flags=re.M,
 )  # fmt: skip
 LISTED = [(ROOT / "nanollava" / link).resolve().relative_to(ROOT).as_posix() for link, _ in ROWS]
-PLUMBING = ("error", "folder", "config", "progress", "train/machine")
+PLUMBING = ("error", "files", "folder", "config", "progress", "train/machine")
 
 
 def test_line_counts_are_those_of_the_files():

@@ -273,9 +273,18 @@ def test_gpt_4_s_own_file_is_read_as_it_is_published(data, capsys):
     both = [f"--answers={data / 'ours.jsonl'}", f"--teacher-answers={data / 'gpt4.json'}"]
     assert run(data, "score", *both) == 0
     assert cells(capsys.readouterr().out)["complement"][-1] == "50.00"
-    (data / "gpt4.json").write_text(json.dumps({"acc": 50.0}))
-    assert run(data, "score", *both) == 2
-    assert 'gpt4.json: needs the field "outputs"' in capsys.readouterr().err
+    for content in ({"acc": 50.0}, {"outputs": GPT4 | {"1": "\ud800"}}):
+        (data / "gpt4.json").write_text(json.dumps(content))
+        assert run(data, "score", *both) == 2
+        assert 'gpt4.json: needs the field "outputs"' in capsys.readouterr().err
+
+
+def test_half_a_character_of_a_teacher_s_spoils_no_file(data, appoint, capsys):
+    write_lines(data / "ours.jsonl", TEXTS)
+    appoint(GPT4 | {"1": "\ud83d It is y. The answer is B."})
+    assert run(data, "ask", f"--out={data / 'gpt4.jsonl'}") == 0
+    assert run(data, "score", f"--answers={data / 'ours.jsonl'}", f"--teacher-answers={data / 'gpt4.jsonl'}") == 0
+    assert cells(capsys.readouterr().out)["complement"][-1] == "50.00"
 
 
 def test_where_nobody_differs_nobody_is_asked(data, appoint, capsys):
@@ -351,9 +360,11 @@ WRONG = [
     (mend("problems.json", lambda raw: raw["3"].update(answer=3)), 'problem 3: the field "answer" must not be 3'),
     (mend("problems.json", lambda raw: raw["3"].update(choices=list("abcdef"))), 'the field "choices" must not be'),
     (mend("problems.json", lambda raw: raw["3"].update(grade="grade13")), "the field \"grade\" must not be 'grade13'"),
+    (mend("problems.json", lambda raw: raw["3"].update(grade="grade" + "1" * 5000)), 'the field "grade" must not be'),
+    (mend("problems.json", lambda raw: raw["3"].update(answer=True)), 'the field "answer" must not be True'),
     (mend("problems.json", lambda raw: raw["3"].update(subject="art")), "the field \"subject\" must not be 'art'"),
     (mend("problems.json", lambda raw: raw.update({"3": []})), "problem 3: is no object"),
-    (cut("ours.jsonl"), "ours.jsonl: line 5: is not whole JSON"),
+    (cut("ours.jsonl"), "ours.jsonl, line 5: is not whole JSON"),
     (lambda folder: (folder / "ours.jsonl").unlink(), "ours.jsonl: cannot be read"),
     (lambda folder: write_lines(folder / "ours.jsonl", {"7": "A"}), "ids that the split test does not have: 1 (7)"),
     (
@@ -384,6 +395,9 @@ def test_more_that_can_be_wrong(data, capsys, scripted_model):
     assert "1 of the images cannot be used" in capsys.readouterr().err and not (data / "out.jsonl").exists()
     assert run(data, "records", "--split=test", f"--out={data / 'nowhere' / 'train.json'}") == 2
     assert "train.json" in capsys.readouterr().err
+    before = (data / "problems.json").read_bytes()
+    assert run(data, "records", f"--out={data / 'problems.json'}") == 2
+    assert "problems.json, which is read" in capsys.readouterr().err and (data / "problems.json").read_bytes() == before
 
 
 def test_the_one_command_knows_its_parts(capsys):

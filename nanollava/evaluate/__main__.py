@@ -11,7 +11,6 @@ Ctrl-C.
 """
 
 import argparse
-import os
 import sys
 from importlib import import_module
 
@@ -40,9 +39,6 @@ def main(argv: list[str] | None = None) -> int:
         again = "begins anew" if args.command == "miniature" else "goes on where it stopped"
         print(f"\ninterrupted: the same command {again}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the table has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
-        return 1
     except Exception as error:
         return say(error)
 

@@ -23,8 +23,9 @@ import nanollava
 from nanollava.checkpoint import load
 from nanollava.error import Error
 from nanollava.evaluate import findings
-from nanollava.evaluate.miniature import Item, accuracy, answers, describe_scores, guesses, make_items
-from nanollava.evaluate.variants import TURNED, VARIANTS, Variant, chosen, first_verdict, last_verdict, own, turned_item
+from nanollava.evaluate.miniature import Item, accuracy, answers, describe_scores, guesses, make_items, own
+from nanollava.evaluate.variants import TURNED, VARIANTS, Variant, chosen, first_verdict, last_verdict, turned_item
+from nanollava.files import write_whole
 from nanollava.folder import check_writable, read_json
 from nanollava.llama import LlamaConfig
 from nanollava.llava import Llava
@@ -129,9 +130,7 @@ def settle(plan: Plan) -> None:
 def write(file: Path, content: object) -> None:
     """A JSON file that is whole, or not there."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    new.replace(file)
+    write_whole(file, json.dumps(content, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------- the runs

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +25,10 @@ from nanollava.generate import Sampling, generate
 from nanollava.images import check_image, open_image, preprocess
 from nanollava.instruct.journal import Journal
 from nanollava.llava import Llava
+from nanollava.progress import minutes
 from nanollava.tokenizer import IMAGE_TOKEN
 from nanollava.train.features import fingerprint
 from nanollava.train.keep import alone
-from nanollava.train.loop import minutes
 
 TELL_EVERY = 10  # seconds
 
@@ -116,6 +117,15 @@ def template(model: Llava) -> str:
 def look(model: Llava, image: Path) -> Tensor:
     """(3, S, S) pixels, as the official evaluation takes them: not turned by what EXIF says."""
     return preprocess(open_image(image), model.config.vision.image_size, model.config.image_aspect_ratio)
+
+
+@contextmanager
+def placed(place: str) -> Iterator[None]:
+    """An Error of the block is told with its place in front."""
+    try:
+        yield
+    except Error as error:
+        raise Error(f"{place}: {error}") from error
 
 
 def check_images(asked: list[Asked]) -> None:

@@ -4,11 +4,11 @@ Whatever does not fit together is one line that names the file and the id: an un
 line that broke off, and, where a step goes on, results that were made of something else.
 """
 
-import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from nanollava.error import Error, first_line, printable, some
+from nanollava.error import Error, printable, some
+from nanollava.files import json_lines
 
 
 def read_lines(file: Path, field: str = "question_id", texts: Collection[str] = ()) -> dict[str, dict]:
@@ -19,8 +19,8 @@ def read_lines(file: Path, field: str = "question_id", texts: Collection[str] = 
     field is missing or is no text.
     """
     rows: dict[str, dict] = {}
-    for number, row in _objects(file):
-        place, name = f"{file}: line {number}", row.get(field)
+    for place, row in json_lines(file):
+        name = row.get(field)
         if isinstance(name, bool) or not isinstance(name, int | str):
             raise Error(f'{place}: the field "{field}" is missing, or neither a number nor text')
         if str(name) in rows:
@@ -36,27 +36,6 @@ def read_lines(file: Path, field: str = "question_id", texts: Collection[str] = 
 def is_text(value: object) -> bool:
     """Whether it is text that can be written down: JSON can hold halves of characters, which no file or model takes."""
     return isinstance(value, str) and value == value.encode(errors="replace").decode()
-
-
-def _objects(file: Path) -> Iterable[tuple[int, dict]]:
-    """(number of the line from 1, object) for each line that is not blank."""
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would cut at rarer signs inside a text too
-    except OSError as error:
-        raise Error(f"{file}: cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise Error(f"{file}: is not UTF-8 text ({first_line(error)}); write it again") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            remedy = "finish or mend the file; the step that made it goes on where it stopped"
-            raise Error(f"{file}: line {number}: is not whole JSON ({first_line(error)}); {remedy}") from error
-        if not isinstance(row, dict):
-            raise Error(f"{file}: line {number}: holds a {type(row).__name__}, expected an object {{...}}")
-        yield number, row
 
 
 def check_known(file: Path, ids: Iterable[str], known: Collection[str], among: object) -> None:

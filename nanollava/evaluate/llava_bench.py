@@ -9,6 +9,7 @@ LLaVA-Bench (LLaVA section 5.1), COCO and In-the-Wild, in steps that can each be
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ import numpy as np
 
 from nanollava.error import Error, printable, some
 from nanollava.evaluate import review, tables
-from nanollava.evaluate.answers import Asked, add_answer_options, answer_all
+from nanollava.evaluate.answers import Asked, add_answer_options, answer_all, placed
 from nanollava.evaluate.lines import read_lines
 from nanollava.evaluate.replies import add_reply_options, ask_for_all
+from nanollava.instruct.contexts import is_number
 from nanollava.train.records import image_path
 
 Pair = tuple[float, float]  # scores of the reference and of the model
@@ -74,14 +76,18 @@ def means(pairs: Iterable[Pair | None]) -> Pair:
 def answer(args: argparse.Namespace) -> None:
     """The model's answers to all questions, in the official format."""
     questions = read_lines(args.questions, texts=("image", "text")).values()
-    answer_all(args, [Asked(q["question_id"], q["text"], find_image(args.images, q["image"])) for q in questions])
+    asked = []
+    for q in questions:
+        with placed(f"{args.questions}: question_id {q['question_id']}"):
+            asked.append(Asked(q["question_id"], q["text"], find_image(args.images, q["image"])))
+    answer_all(args, asked)
 
 
 def find_image(folder: Path, name: str) -> Path:
     """A picture under the questions' name for it, or under that which it has in COCO's own val2014."""
     image = image_path(folder, name)
-    original = image.with_name(f"COCO_val2014_{image.name}")
-    return original if original.is_file() and not image.is_file() else image
+    original = image.parent / f"COCO_val2014_{image.name}"
+    return original if os.path.isfile(original) and not os.path.isfile(image) else image
 
 
 def judge(args: argparse.Namespace) -> None:
@@ -163,7 +169,7 @@ def read_scores(row: dict, strict: bool, place: str) -> Pair:
     if isinstance(row.get("content"), str):
         return parse_scores(row["content"], strict) or NO_SCORES
     pair = row.get("tuple")
-    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(s, int | float) for s in pair):
+    if not isinstance(pair, list) or len(pair) != 2 or not all(map(is_number, pair)):
         raise Error(f'{place}: needs "content", the text of the review, or "tuple", its two scores; judge it again')
     return float(pair[0]), float(pair[1])
 

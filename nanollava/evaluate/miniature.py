@@ -34,6 +34,7 @@ from nanollava.train.records import read_list
 
 BATCH = 250  # questions generated at once
 MOST = 1000  # questions of one kind about the test scenes, none twice
+IN_VAIN = 100_000  # draws in a row without a new question, after which there are no more
 NOT_ALONE = ("relation", "neighbour")  # kinds that need more than one thing
 
 
@@ -48,19 +49,36 @@ def make_items(world: Path, per_kind: int, split: str = "test", seed: int = 0) -
     """``per_kind`` questions of each kind, evenly about scenes with one, two and three things where the kind allows,
     and as many requests for a detailed description, each about another image."""
     rng = random.Random(seed)
-    images = read_split(world, split)
+    images = read_images(world, split)
     by_count = {n: [i for i in images if len(i.scene.things) == n] for n in (1, 2, 3)}
     items = []
     for kind in KINDS:
         counts = (2, 3) if kind in NOT_ALONE else (1, 2, 3)
         found: dict[tuple[int, str], Item] = {}
+        in_vain = 0
         while len(found) < per_kind:
-            image = rng.choice(by_count[counts[len(found) % len(counts)]])
+            scenes, before = by_count[counts[len(found) % len(counts)]], len(found)
+            if not scenes or in_vain > IN_VAIN:
+                raise Error(f"{world}: the {split} scenes hold no {per_kind} questions about {kind}; draw more of them")
+            image = rng.choice(scenes)
             if question := ask(image.scene, kind, rng):
                 found[image.id, question.text] = Item(image, another(image, images, rng), question)
+            in_vain = 0 if len(found) > before else in_vain + 1
         items += found.values()
     chosen = rng.sample(images, min(per_kind, len(images)))
     return items + [Item(i, another(i, images, rng), describe(i.scene, rng)) for i in chosen]
+
+
+def read_images(world: Path, split: str) -> list[Annotated]:
+    """The pictures of a split. Raises Error where their annotations are not as train.py writes them, or all alike."""
+    try:
+        images = read_split(world, split)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        problem = f"the annotations of {split} are not those of a drawn world ({type(error).__name__}: {error})"
+        raise Error(f"{world}: {problem}; draw it again") from error
+    if len({image.scene for image in images}) < 2:
+        raise Error(f"{world}: the pictures of {split} all show the same; draw it again")
+    return images
 
 
 def another(image: Annotated, images: list[Annotated], rng: random.Random) -> Annotated:
@@ -105,11 +123,22 @@ def accuracy(items: list[Item], texts: list[str], what: Callable[[str], str] = s
     return scores | {"mean": sum(scores.values()) / len(scores)}
 
 
+def own(file: Path) -> list[dict]:
+    """The miniature's instruction records. Raises Error for others, which do not say what kind they are of, and of
+    which nothing tells what guessing would answer."""
+    records = read_list(file)
+    for number, record in enumerate(records):
+        if not isinstance(record, dict) or not {"id", "kind", "wordings", "forms", "conversations"} <= record.keys():
+            problem = f"record number {number} has no kind, wordings and forms"
+            raise Error(f"{file}: {problem}; give a miniature whose world train.py has drawn")
+    return records
+
+
 def guesses(world: Path, items: list[Item], what: Callable[[str], str] = str) -> list[str]:
     """What someone would answer who knows the training data by heart and cannot see: for each wording the form, or
     ``what`` of it, met most often, filled with the question's own words."""
     seen: dict[str, Counter] = defaultdict(Counter)
-    for record in read_list(world / "instruct.json"):
+    for record in own(world / "instruct.json"):
         for wording, form in zip(record["wordings"], record["forms"], strict=True):
             seen[wording][what(form)] += 1
     best = {wording: forms.most_common(1)[0][0] for wording, forms in seen.items()}
@@ -166,7 +195,7 @@ def parse_names(text: str) -> list[tuple[str, str, str]]:
 
 def caption_f1(model: Llava, world: Path, count: int = 300) -> tuple[float, float]:
     """F1 of the attributes named in stage 1's captions against the scene, and against another image's scene."""
-    images = read_split(world, "test")[:count]
+    images = read_images(world, "test")[:count]
     texts = answers(model, world, (("", image) for image in images), "plain")
     told = [attributes(text) for text in texts]
     true = [Counter(word for t in i.scene.things for word in (t.size, t.colour, t.shape)) for i in images]

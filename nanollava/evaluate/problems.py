@@ -13,6 +13,7 @@ from nanollava.evaluate.lines import is_text
 from nanollava.folder import read_json
 
 LETTERS = "ABCDE"
+GRADES = [str(grade) for grade in range(1, 13)]
 FORMATS = ("QCM-LEA", "CQM-A")
 SUBJECTS = ("natural science", "social science", "language science")
 LETTER_ONLY = "Answer with the option's letter from the given choices directly."  # v1.5's words behind CQM
@@ -73,10 +74,10 @@ def make_problem(name: str, fields: object, file: Path) -> Problem:
     choices_good = isinstance(choices, list) and all(map(is_text, choices))
     good = {text: is_text(value) for text, value in texts.items()} | {
         "choices": choices_good and 1 <= len(choices) <= len(LETTERS),
-        "answer": choices_good and isinstance(answer, int) and 0 <= answer < len(choices),
+        "answer": choices_good and type(answer) is int and 0 <= answer < len(choices),
         "image": image is None or is_text(image),
         "subject": texts["subject"] in SUBJECTS,
-        "grade": grade.isdecimal() and 1 <= int(grade) <= 12,
+        "grade": grade in GRADES,
     }
     if wrong := [field for field, is_good in good.items() if not is_good]:
         value = printable(repr(fields.get(wrong[0])), 100)

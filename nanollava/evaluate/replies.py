@@ -8,6 +8,7 @@ from pathlib import Path
 from nanollava.error import Unfinished
 from nanollava.evaluate.answers import digest
 from nanollava.evaluate.lines import check_resumed
+from nanollava.files import plain_text
 from nanollava.instruct.journal import Journal, ask_all
 from nanollava.instruct.teacher import Reply, Request, add_teacher_options, open_teacher
 from nanollava.train.keep import alone
@@ -18,7 +19,7 @@ LONGEST = 1024  # tokens of a reply
 
 def rule(name: str) -> str:
     """One of the texts in rules/, which may be changed: replies then have to go into another file."""
-    return (RULES / f"{name}.txt").read_text(encoding="utf-8").strip()
+    return plain_text(RULES / f"{name}.txt", "write it, or take it from the repository")
 
 
 def add_reply_options(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +49,8 @@ def ask_for_all(
 
     def finish(request: Request, reply: Reply) -> dict:
         costs = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
-        return known[request.key] | read(reply.text) | costs
+        text = reply.text.encode(errors="replace").decode()  # halves of characters, which no later step would read
+        return known[request.key] | read(text) | costs
 
     with alone(args.out), Journal(args.out) as journal:
         check_resumed(args.out, journal.done, known)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanollava.error import Error, printable
 from nanollava.evaluate.answers import digest
-from nanollava.evaluate.lines import check_complete, check_known, read_lines
+from nanollava.evaluate.lines import check_complete, check_known, is_text, read_lines
 from nanollava.evaluate.replies import chat, rule
 from nanollava.instruct import contexts
 from nanollava.instruct.contexts import Context
@@ -90,7 +90,7 @@ def read_contexts(file: Path) -> tuple[dict[str, Context], str]:
     found = {}
     for image, row in rows.items():
         captions = [row.get("caption")] if isinstance(row.get("caption"), str) else row.get("caption")
-        if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
+        if not isinstance(captions, list) or not captions or not all(map(is_text, captions)):
             raise Error(f'{file}: image {printable(image, 100)}: "caption" must be a text or a list of them; mend it')
         found[image] = Context(image, image, captions)
     return found, WILD

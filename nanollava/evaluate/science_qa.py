@@ -15,8 +15,8 @@ from pathlib import Path
 
 from nanollava.error import Error, some
 from nanollava.evaluate import tables
-from nanollava.evaluate.answers import Asked, add_answer_options, answer_all, digest
-from nanollava.evaluate.lines import check_known, read_lines
+from nanollava.evaluate.answers import Asked, add_answer_options, answer_all, digest, placed
+from nanollava.evaluate.lines import check_known, is_text, read_lines
 from nanollava.evaluate.problems import FORMATS, Problem, make_record, prompt, question, read_problems
 from nanollava.evaluate.replies import add_reply_options, ask_for_all, chat, rule
 from nanollava.evaluate.science_scores import (
@@ -28,8 +28,8 @@ from nanollava.evaluate.science_scores import (
     differing,
     extract_answer,
 )
+from nanollava.files import check_apart, write_whole
 from nanollava.folder import read_json
-from nanollava.instruct.journal import write_whole
 from nanollava.instruct.teacher import Request
 from nanollava.train.records import image_path
 
@@ -41,6 +41,7 @@ Problems = dict[str, Problem]
 
 def records(args: argparse.Namespace) -> None:
     """Training records in the official format: images are named from the folder of the split's pictures."""
+    check_apart(args.out, args.data / "problems.json", args.data / "pid_splits.json")
     made = [make_record(problem, args.prompt) for problem in read_problems(args.data, args.split).values()]
     write_whole(args.out, json.dumps(made))
     print(f"{args.out}: {len(made):,} records, {sum('image' in record for record in made):,} of them with an image")
@@ -50,7 +51,8 @@ def answer(args: argparse.Namespace) -> None:
     """The model's answers to the problems of a split, in the official format."""
     asked = []
     for i, problem in read_problems(args.data, args.split).items():
-        image = image_path(args.images, problem.image_name) if problem.image else None
+        with placed(f"{args.data / 'problems.json'}: problem {i}"):
+            image = image_path(args.images, problem.image_name) if problem.image else None
         asked.append(Asked(i, question(problem, args.prompt), image))
     answer_all(args, asked)
 
@@ -92,7 +94,7 @@ def read_texts(file: Path, problems: Problems, args: argparse.Namespace) -> dict
     ScienceQA's own GPT results. Raises Error for ids that the split does not have; those that are missing are wrong."""
     if file.suffix == ".json":
         texts = read_json(file, "check the path").get("outputs")
-        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        if not isinstance(texts, dict) or not all(map(is_text, texts.values())):
             raise Error(f'{file}: needs the field "outputs", texts by id; or give JSON lines, named .jsonl')
     else:
         texts = {i: row["text"] for i, row in read_lines(file, texts=("text",)).items()}

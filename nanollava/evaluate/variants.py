@@ -7,12 +7,9 @@ Visual Instruction Tuning, table 4 (kinds of instruction data) and table 8 (desi
 import random
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from nanollava.error import Error
 from nanollava.evaluate.miniature import Item, verdict
 from nanollava.miniature.language import Question, fill
-from nanollava.train.records import read_list
 
 KEPT = {  # records of stage 2: which share of each kind stays
     "all": {"conversation": 1, "detail": 1, "reasoning": 1},
@@ -85,17 +82,6 @@ VARIANTS = {  # in the order of training: two side by side take about the same t
         Variant("none", "none (stage 1 only)", KNOWN, None),
     )
 }  # fmt: skip
-
-
-def own(file: Path) -> list[dict]:
-    """The miniature's instruction records. Raises Error for others, which do not say what kind they are of, and of
-    which nothing tells what guessing would answer."""
-    records = read_list(file)
-    for number, record in enumerate(records):
-        if not isinstance(record, dict) or not {"id", "kind", "wordings", "forms", "conversations"} <= record.keys():
-            problem = f"record number {number} has no kind, wordings and forms"
-            raise Error(f"{file}: {problem}; give a miniature whose world train.py has drawn")
-    return records
 
 
 def chosen(records: list[dict], name: str) -> list[dict]:

@@ -24,8 +24,8 @@ import numpy as np
 
 from nanollava.conversation import messages_from_record
 from nanollava.error import Error, printable
+from nanollava.files import write_whole
 from nanollava.folder import read_json
-from nanollava.instruct.journal import write_whole
 from nanollava.instruct.phrases import SPACY_MODEL, simple_phrases, spacy_phrases
 from nanollava.progress import progress
 from nanollava.train.records import read_list

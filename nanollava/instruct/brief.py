@@ -9,8 +9,8 @@ import random
 from pathlib import Path
 
 from nanollava.error import Error
+from nanollava.files import check_apart, write_whole
 from nanollava.instruct.contexts import add_input_options, read_input
-from nanollava.instruct.journal import write_whole
 from nanollava.instruct.messages import FOLDER, read_prompts
 from nanollava.instruct.replies import record_of
 
@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.out.is_dir():
         raise Error(f"--out {args.out}: is a folder; name a file in it, {args.out / 'captions.json'}")
+    check_apart(args.out, args.captions, args.contexts)
     questions, contexts = read_prompts(args.prompts).brief, read_input(args, boxes=False)
     records = []
     for context in contexts:

@@ -5,12 +5,13 @@ and JSON lines {"id", "image", "captions": [...], "instances": [{"category", "bb
 """
 
 import argparse
-import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanollava.error import Error, first_line, printable, some
+from nanollava.files import json_lines
 from nanollava.folder import read_json
 from nanollava.tokenizer import IMAGE_TOKEN
 
@@ -99,9 +100,10 @@ def read_boxes(file: Path, wanted: dict[int, dict], captions: Path) -> dict[int,
     for number, annotation, place in annotations(boxed, images, file):
         if number not in wanted:
             continue
-        kind = kinds.get(annotation.get("category_id"))
-        if kind is None:
-            raise Error(f"{place}: category_id {annotation.get('category_id')!r} is none of its categories")
+        kind = annotation.get("category_id")
+        if not isinstance(kind, int) or kind not in kinds:
+            raise Error(f"{place}: category_id {printable(repr(kind), 50)} is none of its categories")
+        kind = kinds[kind]
         category = text(kind.get("name"), f"{file}: category {kind['id']}: name")
         corners = normalised(annotation.get("bbox"), images[number], f"{file}: image {number}", place)
         boxes.setdefault(number, []).append({"category": category, "bbox": corners})
@@ -155,30 +157,19 @@ def entries(content: dict, name: str, file: Path) -> list[dict]:
 
 def read_lines(file: Path) -> list[Context]:
     """The contexts of a file of JSON lines, in its order."""
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Error(f"{file}: cannot be read ({first_line(error)}); give a file of JSON lines") from error
     found: dict[str, Context] = {}
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            context = context_of(line, f"{file}, line {number}")
-            if context.id in found:
-                raise Error(f"{file}, line {number}: id {context.id} is there a second time; remove one")
-            found[context.id] = context
+    for place, entry in json_lines(file):
+        context = context_of(entry, place)
+        if context.id in found:
+            raise Error(f"{place}: id {context.id} is there a second time; remove one")
+        found[context.id] = context
     if not found:
         raise Error(f"{file}: no line in it; give a file with one image on each")
     return list(found.values())
 
 
-def context_of(line: str, place: str) -> Context:
-    """One line as a context."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise Error(f"{place}: is not whole JSON ({first_line(error)}); complete or remove it") from error
-    if not isinstance(entry, dict):
-        raise Error(f"{place}: holds a {type(entry).__name__}, expected an object {{...}}")
+def context_of(entry: dict, place: str) -> Context:
+    """The object on one line as a context."""
     captions, instances = entry.get("captions"), entry.get("instances", [])
     if not isinstance(captions, list) or not captions:
         raise Error(f"{place}: captions: missing, or not a list with captions in it")
@@ -199,7 +190,8 @@ def context_of(line: str, place: str) -> Context:
 
 def name_of(number: int | str) -> str:
     """An image's id as records have it: 12 digits where it is a number."""
-    return f"{int(number):012d}" if str(number).isdecimal() else str(number)
+    digits = str(number)
+    return f"{int(digits):012d}" if digits.isdecimal() and len(digits) < 100 else digits
 
 
 def corners(box: object, place: str) -> list[float]:
@@ -212,7 +204,8 @@ def corners(box: object, place: str) -> list[float]:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    """Whether it is a number that can be reckoned with: JSON can hold NaN, and whole numbers too large for a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def caption(value: object, place: str) -> str:

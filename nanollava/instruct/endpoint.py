@@ -12,7 +12,7 @@ from http import HTTPStatus
 from urllib.parse import urlsplit
 
 from nanollava.error import Error, first_line, printable
-from nanollava.instruct.teacher import Reply, Request, Teacher, Unanswered
+from nanollava.instruct.teacher import Reply, Request, Teacher, Unanswered, tokens_in
 
 KEY = "OPENAI_API_KEY"
 LONGEST_PAUSE = 60.0  # seconds between two attempts, where the endpoint names no time
@@ -53,9 +53,12 @@ class EndpointTeacher(Teacher):
         self.model, self.temperature, self.max_tokens = model, temperature, max_tokens
         self.retries, self.pause, self.timeout = retries, pause, timeout
         self.limit = "max_tokens"  # what the endpoint calls the longest answer; newer models know another name
-        self.client = self.library.OpenAI(
-            api_key=self.key or "none", base_url=base_url, timeout=timeout, max_retries=0
-        )  # repetitions are ours: the library does not repeat what came as half an answer
+        try:  # repetitions are ours: the library does not repeat what came as half an answer
+            fields = {"api_key": self.key or "none", "base_url": base_url, "timeout": timeout, "max_retries": 0}
+            self.client = self.library.OpenAI(**fields)
+        except Exception as error:  # of several libraries, for the address, or for a proxy that the environment names
+            reason = printable(self.hide(first_line(error)), 200)
+            raise Error(f"--base-url {self.name}: cannot be used ({reason}); mend it, or the proxy settings") from error
 
     def ask(self, request: Request) -> Reply:
         """Raises Error and Unanswered as ``Teacher`` does."""
@@ -74,7 +77,7 @@ class EndpointTeacher(Teacher):
         so that requests that failed together do not come together again."""
         if wanted is not None:
             return wanted + self.pause * random.random()
-        return min(LONGEST_PAUSE, self.pause * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
+        return min(LONGEST_PAUSE, self.pause * 2.0 ** min(attempt - 1, 99)) * random.uniform(0.5, 1.0)
 
     def attempt(self, request: Request) -> Reply:
         """One request, one reply. Raises Error, Unanswered, or Later."""
@@ -91,7 +94,7 @@ class EndpointTeacher(Teacher):
         except self.library.APIConnectionError as error:
             reason = first_line(error.__cause__ or error)
             raise Later(f"no connection, or it broke ({printable(self.hide(reason), 100)})") from None
-        except (self.library.OpenAIError, ValueError):  # the second: JSON that ends too early
+        except (self.library.OpenAIError, ValueError, RecursionError):  # the last two: JSON cut off, or nested deeply
             raise Later(BROKEN) from None
         return self.read(answer)
 
@@ -101,9 +104,11 @@ class EndpointTeacher(Teacher):
             choice, usage = answer.choices[0], answer.usage
             text, cut = choice.message.content or "", choice.finish_reason == "length"
             refused = FILTERED if choice.finish_reason == "content_filter" else ""
-            tokens = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
         except (AttributeError, LookupError, TypeError):
             raise Later(BROKEN) from None
+        if not isinstance(text, str):
+            raise Later(BROKEN)
+        tokens = (tokens_in(getattr(usage, f"{name}_tokens", 0)) for name in ("prompt", "completion"))
         return Reply(self.hide(text), *tokens, cut, refused)
 
     def renamed(self, error: Exception, limit: str) -> bool:
@@ -152,7 +157,8 @@ def read_key(base_url: str) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         parts, host = None, None
-    if not host or parts.scheme not in ("http", "https"):
+    plain = base_url.isprintable() and " " not in base_url
+    if not host or not plain or parts.scheme not in ("http", "https"):
         raise Error(f"--base-url {printable(base_url)}: give one like http://localhost:8000/v1")
     key = os.environ.get(KEY, "").strip()
     if not key and not is_local(host):

@@ -3,6 +3,7 @@ again."""
 
 import json
 import os
+import random
 import sys
 import threading
 import time
@@ -14,8 +15,9 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from nanollava.error import Error, printable
+from nanollava.files import check_ordinary
 from nanollava.instruct.teacher import Reply, Request, Teacher, Unanswered
-from nanollava.train.loop import minutes
+from nanollava.progress import minutes
 
 FLUSH_EVERY = 0.2  # seconds between two waits for the disk itself; a killed process loses nothing, a power cut so much
 BEGIN = b'{"key": '  # of each line of a journal
@@ -32,6 +34,7 @@ class Journal:
 
     def __init__(self, file: Path):
         self.file, self.lock, self.flushed = file, threading.Lock(), time.monotonic()
+        check_ordinary(file)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self.raw = file.open("ab", buffering=0)
@@ -108,20 +111,6 @@ class Journal:
         self.close()
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or, after a kill or a full disk, as it was before."""
-    new = file.with_name(f".{file.name}.saving")
-    try:
-        with new.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        new.replace(file)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise Error(f"{file}: cannot be written ({error.strerror}); check the path and the disk") from error
-
-
 Finish = Callable[[Request, Reply], dict]
 Outcome = tuple[Request, Reply | Exception]
 
@@ -135,12 +124,13 @@ def ask_all(
     finish: the fields of the journal's line, for example ``lambda request, reply: reply._asdict()``. It may be called
     by several threads at once.
     keep_refused: write down what is refused for good too, as an empty reply, so that it is not asked in every run.
-    Returns how many stayed unanswered, which may be asked again in another run. Raises Error as ``Teacher.ask`` does,
-    and where HOPELESS requests in a row stayed unanswered; what came before has been written down.
+    Returns how many stayed unanswered, which may be asked again in another run; after HOPELESS of them in a row the
+    rest is not asked. Raises Error as ``Teacher.ask`` does, and where there are so many before the first answer; what
+    came before has been written down.
     """
-    waiting = [request for request in requests if request.attempt or request.key not in journal.done]
+    waiting = in_order(requests, journal)
     at_once = min(concurrency, teacher.at_once, len(waiting))
-    progress, unanswered = Progress(len(requests), len(waiting), teacher), 0
+    progress = Progress(len(requests), len(waiting), teacher)
     answered = any(not fields.get("refused") for fields in journal.done.values())
     patience = Patience(progress, max(HOPELESS, at_once), answered)
 
@@ -157,15 +147,21 @@ def ask_all(
         for request, reply in outcomes:
             if isinstance(reply, Reply):
                 progress.count(reply)
-            elif isinstance(reply, Unanswered):
-                unanswered += 1
-            elif reply is not None:
+            elif isinstance(reply, Exception) and not isinstance(reply, Unanswered):
                 raise reply
-            if reply is not None:
-                patience.weigh(request, reply)
+            if reply is not None and patience.ends(request, reply):
+                break
             progress.show()
         progress.end()
-    return unanswered
+    return progress.total - progress.done
+
+
+def in_order(requests: list[Request], journal: Journal) -> list[Request]:
+    """Those to be asked: first what no run has come to yet, then, shuffled, what earlier ones left behind. So what
+    stays unanswered in every run stands in nobody's way."""
+    reached = max((number for number, request in enumerate(requests) if request.key in journal.done), default=0)
+    passed = random.sample(requests[:reached], reached)
+    return [r for r in (*requests[reached:], *passed) if r.attempt or r.key not in journal.done]
 
 
 def reply_to(request: Request, teacher: Teacher, keep_refused: bool) -> Reply:
@@ -181,26 +177,30 @@ def reply_to(request: Request, teacher: Teacher, keep_refused: bool) -> Reply:
 @dataclass
 class Patience:
     """Ends after ``most`` requests in a row without an answer. What is refused for good counts only until the first
-    answer: later it may be single cases, and those that are not kept stand at the head of every run."""
+    answer: later it may be single cases."""
 
     progress: "Progress"
     most: int
     answered: bool
     in_a_row: int = 0
 
-    def weigh(self, request: Request, reply: Reply | Unanswered) -> None:
-        """Say what is no answer. Raises Error where that is one too many."""
+    def ends(self, request: Request, reply: Reply | Unanswered) -> bool:
+        """Say what is no answer; whether that is one too many. Raises Error where there never was an answer."""
         reason = printable(reply.refused if isinstance(reply, Reply) else str(reply))
         if not reason:
             self.in_a_row, self.answered = 0, True
-            return
+            return False
         for_good = isinstance(reply, Reply) or reply.for_good
         self.progress.leave()
         print(f"{'refused' if for_good else 'unanswered'}: {request.key}: {reason}", file=sys.stderr)
         self.in_a_row += not (for_good and self.answered)
-        if self.in_a_row >= self.most:
-            problem = f"{self.in_a_row} requests in a row stayed unanswered, the last for: {reason}"
-            raise Error(f"{problem}; what was answered is kept: give the same command again")
+        if self.in_a_row < self.most:
+            return False
+        problem = f"{self.in_a_row} requests in a row stayed unanswered, the last for: {reason}"
+        if not self.answered:
+            raise Error(f"{problem}; mend that, and give the same command again")
+        print(f"{problem}; the rest is not asked now", file=sys.stderr)
+        return True
 
 
 def in_turn(answer: Callable[[Request], Outcome], waiting: list[Request]) -> Iterator[Outcome]:

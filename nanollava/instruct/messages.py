@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanollava.error import Error, first_line
+from nanollava.error import Error
+from nanollava.files import plain_text
 from nanollava.instruct.contexts import Context
 from nanollava.instruct.replies import Unusable, turns_of
 from nanollava.tokenizer import IMAGE_TOKEN
@@ -78,15 +79,8 @@ def questions(file: Path) -> list[str]:
 
 
 def read(file: Path) -> str:
-    """The text of a file, without the line's end at its end."""
-    try:
-        text = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = first_line(error) if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise Error(f"{file}: cannot be read ({reason}); the folder of prompts needs it, see {FOLDER}") from error
-    if not text:
-        raise Error(f"{file}: is empty; write it, or take it from {FOLDER}")
-    return text
+    """The text of one of the files of a folder of prompts."""
+    return plain_text(file, f"write it, or take it from {FOLDER}")
 
 
 def estimate(text: str) -> int:

@@ -8,18 +8,20 @@ OUT/instruct.json    the records in the official format, in the order of the pla
 
 import hashlib
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
 
 from nanollava.error import Error, printable
+from nanollava.files import write_whole
 from nanollava.folder import read_json
 from nanollava.instruct.contexts import Context
-from nanollava.instruct.journal import Journal, ask_all, write_whole
+from nanollava.instruct.journal import Journal, ask_all
 from nanollava.instruct.messages import KINDS, Prompts, estimate_messages
 from nanollava.instruct.plan import Item
 from nanollava.instruct.replies import Turn, Unusable, record_of, turns_of
-from nanollava.instruct.teacher import Request, Teacher
+from nanollava.instruct.teacher import Request, Teacher, tokens_in
 
 OF = {name: f"--{name}" for name in ("seed", "teacher", "temperature", "prompts")} | {"input": "captions and boxes"}
 
@@ -34,6 +36,7 @@ class Run:
         self, out: Path, plan: list[Item], prompts: Prompts, contexts: list[Context], teacher: Teacher, seed: int
     ):
         self.out, self.plan, self.prompts, self.teacher, self.seed = out, plan, prompts, teacher, seed
+        check_unclaimed(out)
         self.journal = Journal(out / "replies.jsonl")
         settings = {
             "seed": seed,
@@ -126,15 +129,25 @@ class Run:
         """What the replies to the plan took, those included that others have replaced."""
         done, replaced = self.journal.done, self.journal.replaced
         replies = [r for i in self.plan if i.key in done for r in (*replaced[i.key], done[i.key])]
-        read, written = (sum(reply.get(f"{name}_tokens", 0) for reply in replies) for name in ("prompt", "completion"))
+        read, written = (
+            sum(tokens_in(reply.get(f"{name}_tokens")) for reply in replies) for name in ("prompt", "completion")
+        )
         return f"Tokens: {read:,} read and {written:,} written by {self.teacher.name}"
+
+
+def check_unclaimed(out: Path) -> None:
+    """Raises Error for files of a run's names and without its settings: they are another's, and would be replaced."""
+    for name in ("replies.jsonl", "rejected.jsonl", "instruct.json"):
+        if not os.path.exists(out / "settings.json") and os.path.exists(out / name) and os.path.getsize(out / name):
+            problem = f"holds {name}, and no settings.json that tells what it was made with"
+            raise Error(f"{out}: {problem}; choose another --out")
 
 
 def check_settings(file: Path, settings: dict) -> None:
     """Write down what a run is made with. Raises Error where the file has something else."""
-    if not file.exists():
+    if not os.path.exists(file):
         return write_whole(file, json.dumps(settings, indent=2) + "\n")
-    before = read_json(file)
+    before = read_json(file, "choose another --out")
     for name, value in settings.items():
         if before.get(name) != value:
             other = f"began with another {name}, {printable(str(before.get(name)), 100)} and not {value}"

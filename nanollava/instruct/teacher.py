@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from nanollava.config import LARGEST
 from nanollava.error import Error
 from nanollava.instruct.contexts import Context
 
 OPENAI = "https://api.openai.com/v1"
+DAY = 86_400  # seconds
+RANGES = {  # what the options may say: at least, at most
+    "concurrency": (1, 10**6), "max_tokens": (1, LARGEST), "retries": (0, 10**6), "retry_pause": (0, DAY),
+    "temperature": (0, 100),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,11 @@ class Reply(NamedTuple):
     completion_tokens: int
     cut: bool = False  # whether it ends where the teacher had to stop, at --max-tokens for example
     refused: str = ""  # why the teacher, or a filter that it stands behind, gives none
+
+
+def tokens_in(count: object) -> int:
+    """A number of tokens as somebody else gives it; 0 where that is none."""
+    return count if isinstance(count, int) and 0 <= count < 2**63 else 0
 
 
 class Unanswered(Exception):
@@ -95,8 +106,8 @@ def open_teacher(args: argparse.Namespace) -> Teacher:
     if args.teacher == "endpoint":
         from nanollava.instruct.endpoint import EndpointTeacher
 
-        if not args.teacher_model:
-            raise Error("--teacher endpoint: name its model too, with --teacher-model")
+        if not args.teacher_model or not args.teacher_model.isprintable():
+            raise Error("--teacher endpoint: name its model too, on one line, with --teacher-model")
         limits = {name: getattr(args, name) for name in ("temperature", "max_tokens", "timeout", "retries")}
         return EndpointTeacher(args.teacher_model, args.base_url, pause=args.retry_pause, **limits)
     if not Path(args.teacher).is_dir():
@@ -108,9 +119,9 @@ def open_teacher(args: argparse.Namespace) -> Teacher:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises Error for numbers that make no sense."""
-    for name, least in (("concurrency", 1), ("max_tokens", 1), ("retries", 0), ("retry_pause", 0), ("temperature", 0)):
+    for name, (least, most) in RANGES.items():
         value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise Error(f"--{name.replace('_', '-')} {value}: give {least} or more")
-    if not args.timeout > 0:
-        raise Error(f"--timeout {args.timeout}: give more than 0 seconds")
+        if value is not None and not least <= value <= most:
+            raise Error(f"--{name.replace('_', '-')} {value}: give {least} or more, at most {most:,}")
+    if not 0 < args.timeout <= DAY:
+        raise Error(f"--timeout {args.timeout}: give more than 0 seconds, at most {DAY:,}")

@@ -20,11 +20,12 @@ from PIL import Image
 from nanollava.checkpoint import load, write
 from nanollava.error import Error
 from nanollava.evaluate.miniature import caption_f1, evaluate, summary
+from nanollava.files import write_whole
 from nanollava.folder import atomic_folder, check_replaceable, check_writable, read_json
 from nanollava.miniature import language, pretrain, scenes, teacher, world
 from nanollava.miniature.scenes import Scene, Thing, draw, random_scene
+from nanollava.progress import minutes
 from nanollava.tokenizer import load_tokenizer
-from nanollava.train.loop import minutes
 from nanollava.train.machine import in_processes, processor
 from nanollava.train.resume import progress
 
@@ -130,9 +131,7 @@ def keep_to(recipe: Recipe, out: Path) -> None:
         problem = "holds a run with other numbers or of another version (recipe.json there)"
         raise Error(f"{out} {problem}; choose another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(".new")
-    new.write_text(words)
-    new.replace(file)
+    write_whole(file, words)
 
 
 def python() -> str:
@@ -170,9 +169,7 @@ class Clock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-            new = self.file.with_suffix(".new")
-            new.write_text(json.dumps(self.seconds))
-            new.replace(self.file)
+            write_whole(self.file, json.dumps(self.seconds))
 
     def summary(self) -> str:
         steps = ", ".join(f"{name} {minutes(seconds)}" for name, seconds in self.seconds.items())

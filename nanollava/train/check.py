@@ -63,9 +63,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the table has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
         return say(error)
 
@@ -171,7 +168,7 @@ def table(report: Report, decoded: bool) -> str:
     for title, kinds in parts.items():
         lines.append(f"{title:<{width}} {'records':>9}  first ids")
         for kind, words in kinds.items():
-            names = report.named(kind)
-            ids = ", ".join(printable(name, 30) for name in names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
-            lines.append(f"  {words:<{width - 2}} {len(names):>9,}  {ids}".rstrip())
+            found = [f._replace(record=printable(f.record, 30)) for f in report.findings if f.kind == kind]
+            ids = ", ".join(f.name for f in found[:SHOWN]) + ", ..." * (len(found) > SHOWN)
+            lines.append(f"  {words:<{width - 2}} {len(found):>9,}  {ids}".rstrip())
     return "\n".join(lines)

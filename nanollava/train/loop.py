@@ -16,6 +16,7 @@ from torch import nn
 from nanollava.attention import can_compile
 from nanollava.error import Error
 from nanollava.llava import Batch, Llava
+from nanollava.progress import minutes
 from nanollava.train import lora
 from nanollava.train.advice import explain_shortage
 from nanollava.train.blocks import prepare_blocks
@@ -292,8 +293,3 @@ class Run:
                 f"{peak_memory(self.model.device):.1f} GB  {minutes(left)} left",
                 flush=True,
             )
-
-
-def minutes(seconds: float) -> str:
-    """Minutes and seconds: 125 is 2:05."""
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"

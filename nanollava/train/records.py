@@ -43,7 +43,13 @@ class Finding(NamedTuple):
 
     kind: str  # one of LOSSES, or the kind of an Error
     record: str  # its id
+    number: int  # where it stands in the file, from 0; an id may be that of several records
     problem: str = ""  # why it cannot be trained on; "" where it can
+
+    @property
+    def name(self) -> str:
+        """The id and the number."""
+        return self.record if self.record == f"number {self.number}" else f"{self.record} (number {self.number})"
 
 
 @dataclass
@@ -122,10 +128,10 @@ class Reader:
                 self.check_once(image)
         except Error as error:
             problem = str(error).removeprefix(f"record {name}: ")
-            self.report.findings.append(Finding(error.kind, shown, printable(problem, 500)))
+            self.report.findings.append(Finding(error.kind, shown, number, printable(problem, 500)))
             return None
         kinds = self.losses(record, example)
-        self.report.findings += [Finding(kind, shown) for kind in kinds]
+        self.report.findings += [Finding(kind, shown, number) for kind in kinds]
         return None if LOST in kinds else example
 
     def losses(self, record: dict, example: Example) -> list[str]:

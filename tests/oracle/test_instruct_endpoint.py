@@ -163,7 +163,7 @@ def test_all_contexts_of_the_benchmark_through_a_server_that_misbehaves(
     assert sum(line["prompt_tokens"] for line in lines) == read and f"Tokens: {read:,} read" in told
 
 
-@pytest.mark.parametrize("action", [*TROUBLE[2:], "408", "409"])
+@pytest.mark.parametrize("action", [*TROUBLE[2:], "408", "409", "deep", "parts"])
 def test_what_a_repetition_may_mend_is_repeated(action):
     with TeacherServer(script=lambda messages, before: action if before < 2 else "answer") as server:
         reply = teacher_at(server).ask(ASKED)
@@ -203,7 +203,7 @@ def test_retry_after_is_obeyed_and_other_pauses_double():
         teacher_at(server).ask(ASKED)
         assert all(later - earlier >= 0.6 for earlier, later in pairwise(server.times)) and len(server.times) == 3
     teacher = teacher_at(server, pause=1.0)
-    for attempt, most in ((1, 1.0), (2, 2.0), (3, 4.0), (7, 60.0), (70, 60.0)):
+    for attempt, most in ((1, 1.0), (2, 2.0), (3, 4.0), (7, 60.0), (70, 60.0), (5000, 60.0)):
         pauses = [teacher.pause_before(attempt, None) for _ in range(200)]
         assert most / 2 <= min(pauses) < 0.6 * most and 0.9 * most < max(pauses) <= most
     pauses = [teacher.pause_before(1, 7.0) for _ in range(200)]
@@ -217,6 +217,38 @@ def test_retry_after_is_read_in_seconds_and_as_a_date():
     assert 28 < seconds_to_wait({"retry-after": formatdate(time.time() + 30, usegmt=True)}) <= 30
     assert seconds_to_wait({"retry-after": formatdate(time.time() - 30, usegmt=True)}) == 0
     assert all(seconds_to_wait({"retry-after": value} if value else {}) is None for value in ("", "soon", "nan"))
+
+
+def test_tokens_that_are_no_numbers_are_not_counted(contexts, tmp_path, capsys):
+    with TeacherServer(script=lambda messages, before: "words") as server:
+        assert run(server, contexts, tmp_path / "out", "--records", 5) == 0
+    assert "Tokens: 0 read and 0 written" in capsys.readouterr().out
+
+
+def test_what_fails_in_every_run_keeps_no_records_back(contexts, tmp_path, capsys):
+    """Twenty of 60 requests get nothing but 500: the others come, become records, and stay when all is asked again."""
+    broken = {key for key in asks(contexts, 60).values() if int(key[:12]) % 3 == 0}
+    keys = asks(contexts, 60)
+    with TeacherServer(
+        script=lambda messages, _: "500" if keys[json.dumps(messages)] in broken else "answer"
+    ) as server:
+        words = ("--records", 60, "--retries", 0, "--concurrency", 1)
+        for _ in range(3):
+            assert run(server, contexts, tmp_path / "out", *words) == 1
+            assert f"unanswered: {len(broken)};" in capsys.readouterr().out
+            assert len(records_of(tmp_path / "out")) == 60 - len(broken)
+    assert len(broken) > 10
+
+
+@pytest.mark.parametrize(
+    ("url", "proxy"), [("http://x..\u00e9/v1", ""), ("http://localhost:1/v1", "gopher://user:secret@localhost:1")]
+)
+def test_an_address_or_a_proxy_that_cannot_be_used_is_one_line(url, proxy, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    with pytest.raises(Error, match=r"--base-url m at .*: cannot be used") as error:
+        EndpointTeacher("m", url)
+    assert KEY not in str(error.value) and "secret" not in str(error.value)
 
 
 def test_options_go_with_the_request_and_newer_models_get_the_newer_name():
@@ -233,7 +265,7 @@ def test_options_go_with_the_request_and_newer_models_get_the_newer_name():
 
 
 def test_as_many_requests_at_once_as_allowed_and_never_more(contexts, tmp_path):
-    with TeacherServer(script=lambda messages, before: "delay 0.05") as server:
+    with TeacherServer(script=lambda messages, before: "delay 0.3") as server:
         assert run(server, contexts, tmp_path / "out", "--concurrency", 7) == 0
     assert server.at_once == 7 and set(server.asked.values()) == {1}
 
@@ -370,6 +402,8 @@ def test_the_key_goes_to_the_endpoint_and_nowhere_else(actions, contexts, tmp_pa
         ("localhost:8000", "sk-a", "--base-url localhost:8000: give one like http"),
         ("http://[::1", "sk-a", "--base-url"),
         ("http://localhost:none/v1", "sk-a", "--base-url"),
+        ("http://a b/v1", "sk-a", "--base-url http://a b/v1: give one like http"),
+        ("http://localhost:1/v1\n", "sk-a", "--base-url http://localhost:1/v1\\n: give one like http"),
     ],
 )
 def test_a_key_that_cannot_be_one_and_addresses_that_are_none(url, value, words, monkeypatch):
