@@ -14,7 +14,7 @@ test: .venv/core  ## the test suite
 	$(BIN)/python -m pytest
 
 notebooks: .venv/notebooks  ## run the notebooks anew and keep what they show
-	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 lint: .venv/lint
 	$(BIN)/ruff check .
