@@ -175,8 +175,7 @@ class Llava(nn.Module):
         mask = Mask(documents=batch.documents, branches=batch.branches)
         x = self.embed(batch.token_ids, batch.patches, batch.pixels)
         hidden = self.language.hidden(x, batch.positions, mask)
-        targets = batch.labels[
-            :, 1:
-        ]  # what stands at t + 1 is predicted at t; what begins a record or a branch never is
+        # what stands at t + 1 is predicted at t; what begins a record or a branch never is
+        targets = batch.labels[:, 1:]
         counted = targets != IGNORE  # logits take V numbers a position: only where they are needed
         return summed_cross_entropy(hidden[:, :-1][counted], self.language.lm_head.weight, targets[counted])

@@ -166,7 +166,7 @@ def architecture() -> None:
                 (x - 0.3, y - 0.3), 0.6, 0.6, boxstyle="round,pad=0.03", fc="#E8F1F8", ec=BLUE
             )
         )
-        ax.text(x, y - 0.2, name, ha="center", va="center", weight="bold", size=8.5)
+        ax.text(x, y - 0.2, name, ha="center", va="center", weight="bold", size=8)
         ax.text(
             x,
             y + 0.02,

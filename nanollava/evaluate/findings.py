@@ -181,8 +181,8 @@ def draw_panel(pen: ImageDraw.ImageDraw, top: int, measure: str, papers: dict, o
     low = 10 * (min(known) // 10)
     place = lambda score: LEFT + WIDTH * (score - low) / (100 - low)  # noqa: E731
     first, bottom = top + TOP, top + TOP + ROW * len(papers)
-    title = {"together": "Kinds of instruction data: conversation, detail and reasoning together"}
-    write(pen, (20, top + 28), title.get(measure, "Design choices: verdicts"), "lm", 20)
+    title = {"together": "Kinds of instruction data: conversation, detail and reasoning together, percent"}
+    write(pen, (20, top + 28), title.get(measure, "Design choices: verdicts, percent"), "lm", 20)
     pen.ellipse(dot(LEFT, top + 62, 5), fill=OURS)
     write(pen, (LEFT + 14, top + 62), "a seed of ours", "lm")
     pen.polygon(diamond(LEFT + 180, top + 62), outline=PAPER, width=2)
