@@ -364,10 +364,9 @@ def test_a_table_that_nobody_reads_takes_no_figures_with_it(tiny, tmp_path, monk
     monkeypatch.setattr(measure.Bench, "rows", one_row)
     with os.fdopen(write, "w") as nobody:
         monkeypatch.setattr(command.sys, "stdout", nobody)
-        assert command.main(["--quick", "--device", "cpu", "--out", str(file)]) == 2
+        assert command.main(["--quick", "--device", "cpu", "--out", str(file)]) == 1  # as of every command
     assert json.loads(file.read_text())["complete"] is True
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: output: Broken pipe; check the path and the disk"]
+    assert "error" not in capsys.readouterr().err
 
 
 def test_a_full_disk_takes_neither_the_table_nor_the_older_figures(tiny, tmp_path, monkeypatch, capsys):

@@ -162,9 +162,13 @@ def test_test_questions_are_spread_evenly_and_blind_images_show_another_scene(fi
     assert all(item.image.scene.split == "test" for item in items)
 
 
+def made_record(wordings: list[str], forms: list[str]) -> dict:
+    return {"id": "1", "kind": "conversation", "conversations": [], "wordings": wordings, "forms": forms}
+
+
 def test_guessing_answers_each_wording_with_its_most_frequent_form(tmp_path):
     forms = ["{it} is large.", "{it} is small.", "{it} is small."]
-    records = [{"wordings": ["How big is {it}?"], "forms": [form]} for form in forms]
+    records = [made_record(["How big is {it}?"], [form]) for form in forms]
     (tmp_path / "instruct.json").write_text(json.dumps(records))
     image = Annotated(1, "x.png", [], Scene((Thing(0, "large", "red", "star"),)))
     star = {"it": "the star"}
@@ -177,7 +181,7 @@ def test_a_verdict_is_guessed_and_counted_without_its_evidence(tmp_path):
     """Three answers of five end in yes, each with other evidence; the most frequent whole form ends in no."""
     forms = [f"I see a {colour} star. {{it}}? yes." for colour in ("pink", "red", "blue")]
     forms += 2 * ["I see a cross. {it}? no."]
-    records = [{"wordings": ["Is there {it}?"], "forms": [form]} for form in forms]
+    records = [made_record(["Is there {it}?"], [form]) for form in forms]
     (tmp_path / "instruct.json").write_text(json.dumps(records))
     image = Annotated(1, "x.png", [], Scene((Thing(0, "large", "red", "star"),)))
     question = Question("existence", "Is there {it}?", forms[1], {"it": "a star"})
