@@ -14,9 +14,8 @@ def json_lines(file: Path) -> Iterator[tuple[str, dict]]:
     Raises Error for a file that cannot be read, and naming the line for one that is not whole JSON or no object.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # splitlines would cut at rarer signs inside a text too
+        # splitlines would cut at rarer signs inside a text too
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise Error(f"{file}: cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
