@@ -318,7 +318,7 @@ def test_what_no_repetition_mends_ends_the_run_and_keeps_what_was_answered(kind,
         assert answered <= len(again.done) < answered + concurrency
 
 
-def test_ctrl_c_keeps_what_was_answered_and_waits_for_nobody(tmp_path):
+def test_ctrl_c_keeps_what_was_answered_and_waits_for_nobody(tmp_path, heeding_ctrl_c):
     class Interrupted(Fake):
         def ask(self, request: Request) -> Reply:
             if request.key == "k5":
