@@ -180,7 +180,7 @@ def architecture() -> None:
         ax.text(
             x,
             y + 0.23,
-            f"notebook {notebook}",
+            f"notebook{'s' * (len(notebook) > 1)} {notebook}",
             ha="center",
             va="center",
             size=7.5,

@@ -117,6 +117,18 @@ def test_near_misses_differ_from_the_scene_and_keep_its_number_of_things():
         assert all(len(o.things) == len(scene.things) and o.split == scene.split for o in others)
 
 
+def test_near_misses_are_refused_where_there_are_not_so_many():
+    rng = random.Random(0)
+    scene = scenes.random_scene(rng, "test", count=1)
+    (thing,) = scene.things
+    values = {"size": scenes.SIZES, "colour": list(COLOURS), "shape": scenes.SHAPES, "cell": range(9)}
+    others = [replace(thing, **{what: value}) for what, known in values.items() for value in known]
+    alike = {other for thing in others if (other := Scene((thing,))).split == "test"} - {scene}
+    assert set(scenes.near_misses(scene, rng, len(alike))) == alike
+    with pytest.raises(Error, match=f"has {len(alike)} near misses"):
+        scenes.near_misses(scene, rng, len(alike) + 1)
+
+
 def test_a_reference_fits_one_thing_only_and_hides_what_is_asked():
     things = SCENE.things
     assert "the heart" in language.references(SCENE, things[1], "colour")

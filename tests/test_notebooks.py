@@ -97,6 +97,18 @@ def test_links_lead_somewhere(file):
     assert [link for link in inside if not (file.parent / link).exists()] == []
 
 
+def test_terms_of_the_glossary_stand_in_korean_in_the_notebooks_that_it_names():
+    glossary = (ROOT / "notebooks" / "GLOSSARY.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .+ \| (.+) \| .+ \| ([\d, ]+) \|$", glossary, flags=re.M)
+    missing = [
+        (term, numbers)
+        for terms, numbers in rows
+        for term in terms.split(", ")
+        if not any(term in "".join(prose(FILES[int(number)])) for number in numbers.split(", "))
+    ]
+    assert len(rows) > 50 and missing == []
+
+
 @every
 def test_what_is_named_exists(file):
     known = KNOWN | set().union(*(names_in(text(cell)) for cell in cells(file, "code")))

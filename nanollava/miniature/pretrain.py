@@ -25,9 +25,10 @@ from nanollava.images import open_image, preprocess
 from nanollava.llama import Llama, LlamaConfig
 from nanollava.llava import Llava, LlavaConfig, pad
 from nanollava.miniature.world import FAMILY, Annotated, read_split
+from nanollava.progress import minutes
 from nanollava.tokenizer import Tokenizer, load_tokenizer
 from nanollava.train.data import Dataset
-from nanollava.train.loop import Options, minutes, train
+from nanollava.train.loop import Options, train
 from nanollava.train.machine import keep_freed_memory
 from nanollava.train.optim import make_optimizers, set_learning_rate, warmup_cosine
 from nanollava.train.records import Example, group, make_example, read_list

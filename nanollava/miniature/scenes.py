@@ -13,6 +13,8 @@ from functools import cache
 
 from PIL import Image, ImageDraw
 
+from nanollava.error import Error
+
 SIZES = ("small", "large")
 COLOURS = {
     "red": (222, 53, 53), "orange": (246, 140, 31), "yellow": (246, 211, 47), "green": (46, 160, 76),
@@ -88,9 +90,13 @@ def random_scene(rng: random.Random, split: str, count: int | None = None) -> Sc
 def near_misses(scene: Scene, rng: random.Random, count: int) -> list[Scene]:
     """``count`` scenes of the same split that differ from ``scene`` and each other in as little as possible: attributes
     exchanged between two things, one attribute changed, a thing moved. They are what a contrastive tower must tell
-    apart, and chance would almost never draw them. (A caption without places fits two that differ in nothing else.)"""
-    found = [scene]
+    apart, and chance would almost never draw them. (A caption without places fits two that differ in nothing else.)
+    Raises Error where there are not so many: a test scene of one thing has few that are test scenes too."""
+    found, draws = [scene], 0
     while len(found) <= count:
+        draws += 1
+        if draws > 1000:
+            raise Error(f"{scene} has {len(found) - 1} near misses of its split, not {count}: it has too few things")
         things = list(scene.things)
         what = rng.choice(("size", "colour", "shape", "shape", "cell"))  # shapes are the hardest to tell apart
         i, j = rng.sample(range(len(things)), 2) if len(things) > 1 and rng.random() < 0.5 else (0, None)
