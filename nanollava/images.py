@@ -47,13 +47,13 @@ def preprocess(image: Image.Image, size: int, mode: str = "crop") -> torch.Tenso
     if 0 in image.size:
         raise Error(f"an image of {image.width}x{image.height} pixels has nothing to look at; at least one is needed")
     image = to_rgb(image)
-    square = _resize_and_crop(image, size) if mode == "crop" else _pad_and_resize(image, size)
+    square = resize_and_crop(image, size) if mode == "crop" else pad_and_resize(image, size)
     pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # (3, S, S) uint8
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     return (pixels.float() / 255 - mean) / std
 
 
-def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     """Short edge -> S by bicubic interpolation, long edge in proportion (truncated), then the middle S by S.
 
     One call to `resize`, because Pillow 13 and older ones differ in the order of its two passes on tall pictures: so
@@ -76,7 +76,7 @@ def _middle(image: Image.Image) -> Image.Image:
     return image.crop((x, y, image.width - x, image.height - y)) if end else image
 
 
-def _pad_and_resize(image: Image.Image, size: int) -> Image.Image:
+def pad_and_resize(image: Image.Image, size: int) -> Image.Image:
     """Centred on a square of FILL whose side is the long edge, then S by S by bicubic interpolation."""
     side = max(image.size)
     if side * side > MAX_PIXELS:  # 20,000 x 20 pixels would be padded to 1.6 GB: average small blocks first

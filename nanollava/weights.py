@@ -61,19 +61,19 @@ def fill(module: nn.Module, folder: Path, layout: Layout, device: Device, dtype:
     missing, not expected or of another shape, and for such as hold no numbers.
     """
     if str(device) == "meta":
-        _match(module, folder, layout)
+        match_names(module, folder, layout)
         return
     check_device(device)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     check_dtype(dtype, device)
-    tensors = _read(folder, _match(module, folder, layout), device, dtype)
+    tensors = _read(folder, match_names(module, folder, layout), device, dtype)
     for head, embedding in _tied(module).items():
         if not torch.equal(tensors.setdefault(head, tensors[embedding]), tensors[embedding]):
             raise Error(f"{folder}: lm_head.weight is not the embedding; config.json must not say tie_word_embeddings")
     module.load_state_dict({**module.state_dict(), **tensors}, assign=True)
 
 
-def _match(module: nn.Module, folder: Path, layout: Layout) -> dict[str, str]:
+def match_names(module: nn.Module, folder: Path, layout: Layout) -> dict[str, str]:
     """The files' name -> ours of each tensor that belongs to the module.
 
     Raises one Error with all that are missing, not expected or of another shape, before any tensor is read.

@@ -10,26 +10,42 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from IPython import get_ipython
 from IPython.display import Markdown, display
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
 
+import nanollava
 from nanollava.images import MEAN, STD
 from nanollava.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parent / "weights" / "miniature"
+if not WEIGHTS.is_dir():
+    raise FileNotFoundError(
+        f"{WEIGHTS}: it comes with the repository, and `make weights` remakes it"
+    )
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PINK, SKY, GREY = "#CC79A7", "#56B4E9", "#999999"
-plt.style.use(HERE / "nanollava.mplstyle")
+if shell := get_ipython():
+    shell.run_line_magic("matplotlib", "inline")  # also where MPLBACKEND says otherwise
+plt.style.use(["default", HERE / "nanollava.mplstyle"])
+
+
+def file_of(thing: object) -> str:
+    """The file of a function or class, as it is named in the repository."""
+    root = Path(
+        nanollava.__file__
+    ).parent.parent  # not this repository where the package is installed elsewhere
+    return Path(inspect.getsourcefile(thing)).relative_to(root).as_posix()
 
 
 def source(*objects: object) -> None:
     """Show functions, methods and classes as they stand in the library's files."""
     for thing in objects:
         thing = inspect.unwrap(thing)
-        file = Path(inspect.getsourcefile(thing)).relative_to(HERE.parent).as_posix()
+        file = file_of(thing)
         code = inspect.cleandoc("\n" + inspect.getsource(thing))
         display(Markdown(f"[`{file}`](../{file})\n```python\n{code}\n```"))
 
@@ -67,7 +83,7 @@ def matrix(
 ) -> None:
     """A matrix as colours: what its columns and rows are; ``bar`` says what a colour means."""
     ax = ax or plt.gca()
-    drawn = ax.imshow(torch.as_tensor(values).float())
+    drawn = ax.imshow(torch.as_tensor(values).float().numpy())
     ax.set(xlabel=x, ylabel=y, title=title)
     if bar:
         plt.colorbar(drawn, ax=ax, label=bar, shrink=0.8)
@@ -83,31 +99,20 @@ def tokens(
     lines, used = [[]], 0
     for piece, colour in zip(pieces, colours, strict=True):
         shown = piece.replace("\n", "\\n").replace(" ", "▁")
+        wide = max(len(shown), 1)
         if used + len(shown) + 1.2 > width and lines[-1]:
             lines, used = [*lines, []], 0
-        lines[-1].append((used, shown, colour))
-        used += max(len(shown), 1) + 1.2
+        lines[-1].append((used, wide, shown, colour))
+        used += wide + 1.2
     _, ax = plt.subplots(figsize=(8, 0.34 * len(lines) + (0.35 if legend else 0.1)))
+    middle = {"ha": "center", "va": "center", "family": "monospace", "size": 8.5}
     for row, line in enumerate(lines):
-        for x, shown, colour in line:
+        for x, wide, shown, colour in line:
             box = FancyBboxPatch(
-                (x, -row - 0.34),
-                max(len(shown), 1),
-                0.68,
-                boxstyle="round,pad=0.08",
-                fc=colour,
-                lw=0,
+                (x, -row - 0.34), wide, 0.68, boxstyle="round,pad=0.08", fc=colour, lw=0
             )
             ax.add_patch(box).set_alpha(0.35)
-            ax.text(
-                x + max(len(shown), 1) / 2,
-                -row,
-                shown,
-                ha="center",
-                va="center",
-                family="monospace",
-                size=8.5,
-            )
+            ax.text(x + wide / 2, -row, shown, **middle)
     for name, colour in (legend or {}).items():
         ax.scatter([], [], marker="s", s=80, color=colour, alpha=0.35, label=name)
     if legend:
@@ -160,31 +165,15 @@ ARROWS = (
 def architecture() -> None:
     """Figure 1 of the paper with the names of our files, and the notebook about each."""
     _, ax = plt.subplots(figsize=(8.8, 3))
+    middle = {"ha": "center", "va": "center"}
     for x, y, name, files, notebook in BOXES.values():
-        ax.add_patch(
-            FancyBboxPatch(
-                (x - 0.3, y - 0.3), 0.6, 0.6, boxstyle="round,pad=0.03", fc="#E8F1F8", ec=BLUE
-            )
-        )
-        ax.text(x, y - 0.2, name, ha="center", va="center", weight="bold", size=8)
+        frame = FancyBboxPatch((x - 0.3, y - 0.3), 0.6, 0.6, boxstyle="round,pad=0.03")
+        ax.add_patch(frame).set(fc="#E8F1F8", ec=BLUE)
+        plural = "s" if len(notebook) > 1 else ""
+        ax.text(x, y - 0.2, name, weight="bold", size=8, **middle)
+        ax.text(x, y + 0.02, files, family="monospace", size=8, color=BLUE, **middle)
         ax.text(
-            x,
-            y + 0.02,
-            files,
-            ha="center",
-            va="center",
-            family="monospace",
-            size=8,
-            color=BLUE,
-        )
-        ax.text(
-            x,
-            y + 0.23,
-            f"notebook{'s' * (len(notebook) > 1)} {notebook}",
-            ha="center",
-            va="center",
-            size=7.5,
-            color="#555555",
+            x, y + 0.23, f"notebook{plural} {notebook}", size=7.5, color="#555555", **middle
         )
     for start, end, name in ARROWS:
         (x0, y0), (x1, y1) = BOXES[start][:2], BOXES[end][:2]
@@ -192,11 +181,10 @@ def architecture() -> None:
         ends = (
             ((x0, y0 + 0.33), (x1, y1 - 0.33)) if down else ((x0 + 0.33, y0), (x1 - 0.33, y1))
         )
-        ax.add_patch(
-            FancyArrowPatch(
-                *ends, arrowstyle="-|>", mutation_scale=11, color="black", shrinkA=0, shrinkB=0
-            )
+        arrow = FancyArrowPatch(
+            *ends, arrowstyle="-|>", mutation_scale=11, shrinkA=0, shrinkB=0
         )
+        ax.add_patch(arrow).set(color="black")
         where = {"ha": "left", "va": "center"} if down else {"ha": "center", "va": "bottom"}
         ax.text((x0 + x1) / 2, (y0 + y1) / 2 - (0 if down else 0.06), name, size=8, **where)
     ax.set(xlim=(-0.4, 4.4), ylim=(1.4, -0.4))

@@ -116,10 +116,22 @@ def pretrain_vision(world: Path, folder: Path, tokenizer: Tokenizer, steps: int,
     torch.manual_seed(0)
     keep_freed_memory()
     images = read_split(world, "train")
-    pixels = load_pixels(world, images)
     clip = Clip(VISION, tokenizer.vocab_size)
-    optimizers = make_optimizers([(clip, lr)], "muon")
     started, mean = time.perf_counter(), math.log(families * FAMILY)  # first loss: guessing among all captions
+    losses = clip_steps(clip, load_pixels(world, images), images, tokenizer, steps, lr, families)
+    for step, loss in enumerate(losses):
+        mean += 0.05 * (loss - mean)
+        if step == 0 or (step + 1) % 50 == 0:
+            left = (time.perf_counter() - started) / (step + 1) * (steps - step - 1)
+            print(f"CLIP {step + 1:>5}/{steps}  loss {mean:.4f}  {minutes(left)} left", flush=True)
+    save_vision(clip.vision, folder)
+
+
+def clip_steps(
+    clip: Clip, pixels: Tensor, images: list[Annotated], tokenizer: Tokenizer, steps: int, lr: float, families: int
+) -> Iterator[float]:
+    """Contrastive training, a step whenever the next loss is asked for. pixels: (M, 3, S, S), those of the M images."""
+    optimizers = make_optimizers([(clip, lr)], "muon")
     for step, numbers in enumerate(draw_families(images, steps, families)):
         rng = random.Random(step)
         captions = [tokenizer.encode(rng.choice(images[n].captions), bos=False) for n in numbers]
@@ -130,11 +142,7 @@ def pretrain_vision(world: Path, folder: Path, tokenizer: Tokenizer, steps: int,
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        mean += 0.05 * (loss.item() - mean)
-        if step == 0 or (step + 1) % 50 == 0:
-            left = (time.perf_counter() - started) / (step + 1) * (steps - step - 1)
-            print(f"CLIP {step + 1:>5}/{steps}  loss {mean:.4f}  {minutes(left)} left", flush=True)
-    save_vision(clip.vision, folder)
+        yield loss.item()
 
 
 def load_pixels(world: Path, images: list[Annotated]) -> Tensor:
