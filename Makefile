@@ -14,7 +14,8 @@ test: .venv/core  ## the test suite
 	$(BIN)/python -m pytest
 
 notebooks: .venv/notebooks  ## run the notebooks anew and keep what they show
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams notebooks/*.ipynb
 
 lint: .venv/lint
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ Importing it sets the style of all figures.
 """
 
 import inspect
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +49,13 @@ def source(*objects: object) -> None:
         file = file_of(thing)
         code = inspect.cleandoc("\n" + inspect.getsource(thing))
         display(Markdown(f"[`{file}`](../{file})\n```python\n{code}\n```"))
+
+
+def say(*parts: object, indent: str = "") -> None:
+    """Print the parts as one text, broken between words after 96 characters at most."""
+    whole = {"break_long_words": False, "break_on_hyphens": False}
+    for line in " ".join(map(str, parts)).split("\n"):
+        print(textwrap.fill(line, 96, subsequent_indent=indent or "  ", **whole))
 
 
 def picture(pixels: torch.Tensor) -> np.ndarray:
