@@ -55,7 +55,9 @@ def say(*parts: object, indent: str = "") -> None:
     """Print the parts as one text, broken between words after 96 characters at most."""
     whole = {"break_long_words": False, "break_on_hyphens": False}
     for line in " ".join(map(str, parts)).split("\n"):
-        print(textwrap.fill(line, 96, subsequent_indent=indent or "  ", **whole))
+        words = line.rstrip()
+        broken = textwrap.fill(words, 96, subsequent_indent=indent or "  ", **whole)
+        print(broken + line[len(words) :])  # spaces at its end can matter
 
 
 def picture(pixels: torch.Tensor) -> np.ndarray:
