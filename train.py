@@ -251,4 +251,4 @@ def refuse_or_skip(file: Path, args: argparse.Namespace, report: Report) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.end(main())

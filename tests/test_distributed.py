@@ -34,7 +34,7 @@ import json, sys, torch
 torch.set_num_threads(1)
 import train
 from nanollava.train import distributed, loop
-distributed.leave = lambda: None  # several commands, one after the other
+leave, distributed.leave = distributed.leave, lambda: None  # several commands, one after the other
 report = loop.Run.report
 for cut, words in json.load(open(sys.argv[1])):
     def cut_short(self, *rest):
@@ -43,6 +43,8 @@ for cut, words in json.load(open(sys.argv[1])):
         report(self, *rest)
     loop.Run.report = cut_short
     assert train.main(words) == (130 if cut else 0), words
+leave()
+distributed.end(0)
 """
 FAILS = """
 import sys, torch
@@ -56,7 +58,7 @@ def fails(self, batches):
         raise MISTAKE
     distributed.summed(0)  # waits for the other
 loop.Run.update = fails
-sys.exit(train.main(sys.argv[1:]))
+distributed.end(train.main(sys.argv[1:]))
 """
 MISTAKES = {
     "a mistake": ('Error("this one has had enough")', "this one has had enough"),
@@ -72,12 +74,12 @@ def dies(self, batches):
         os.kill(os.getpid(), 9)
     return update(self, batches)
 loop.Run.update = dies
-sys.exit(train.main(sys.argv[1:]))
+distributed.end(train.main(sys.argv[1:]))
 """
 MIXED = """
 import sys, torch
 import train
-from nanollava.train import loop, stages
+from nanollava.train import distributed, loop, stages
 def as_on_cuda(part, stage, optimizer, device, lora):
     return torch.bfloat16 if part == "vision" or (lora and part == "language") else torch.float32
 def loss(self, batch):
@@ -85,7 +87,7 @@ def loss(self, batch):
         return self.model.loss(batch)
 train.precision = stages.precision = as_on_cuda
 loop.Run.loss = loss
-sys.exit(train.main(sys.argv[1:]))
+distributed.end(train.main(sys.argv[1:]))
 """
 
 
@@ -338,6 +340,17 @@ def test_a_process_that_is_killed_ends_all_with_one_line(dying, command, tmp_pat
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and done.stderr.count("Traceback") == 1, done.stderr
     assert len(errors) == 1 and "another process of this run ended" in errors[0] and "--resume" in errors[0]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_breaks_while_a_process_ends_does_not_change_its_status(together):
+    """os.abort in the place of a thread of gloo; without torchrun nothing is kept from ending as it does."""
+    code = "import atexit, os; from nanollava.train import distributed; atexit.register(os.abort)"
+    environment = os.environ | ({"WORLD_SIZE": "2"} if together else {})
+    words = [sys.executable, "-c", f"{code}; print('all is saved'); distributed.end(130)"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == (130 if together else -signal.SIGABRT)
+    assert not together or done.stdout == "all is saved\n"
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])

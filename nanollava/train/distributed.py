@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -113,15 +114,20 @@ def leave() -> None:
     if processes() > 1:
         summed(0)
         dist.destroy_process_group()
-        atexit.register(end_at_once)
 
 
-def end_at_once() -> None:
-    """End without tearing PyTorch down: a thread of gloo that outlives its group aborted a process there, once, after
-    all was saved, and torchrun took the run for failed."""
+def end(status: int) -> NoReturn:
+    """End this process, under torchrun without tearing PyTorch down: on a busy machine threads of gloo that outlive
+    their group now and then abort a process there, after all was saved, and torchrun takes the run for failed."""
+    if "WORLD_SIZE" in os.environ:
+        atexit.register(end_at_once, status)
+    sys.exit(status)
+
+
+def end_at_once(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def may_tell(lost: bool = False) -> bool:
