@@ -23,6 +23,7 @@ from nanollava.llama import Llama, LlamaConfig
 from nanollava.tokenizer import load_tokenizer
 from nanollava.train import distributed, loop
 from nanollava.train.data import documents, pack
+from nanollava.train.machine import deferred_interrupt
 from nanollava.train.records import read_records
 from nanollava.train.stages import STAGES
 
@@ -65,9 +66,11 @@ MISTAKES = {
     "memory": ("torch.OutOfMemoryError()", "step 1 does not fit into memory, with 1 row of 128 positions at once: "),
 }
 DIES = """
-import os, sys, torch
+import os, signal, sys, torch
 import train
 from nanollava.train import distributed, loop
+if distributed.rank() != DYING:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun may look before this one has met the loss
 update = loop.Run.update
 def dies(self, batches):
     if self.step == 3 and distributed.rank() == DYING:
@@ -335,11 +338,32 @@ def test_a_mistake_of_one_ends_all_and_is_one_line(kind, command, tmp_path):
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_process_that_is_killed_ends_all_with_one_line(dying, command, tmp_path):
     (tmp_path / "dies.py").write_text(DIES.replace("DYING", str(dying)))
-    slowly = ("--monitor-interval", 3)  # torchrun looks so seldom whether one has ended: who lives has time to tell
-    done = launch(*slowly, tmp_path / "dies.py", *command(RESUMED, f"{dying} is killed"))
+    done = launch(tmp_path / "dies.py", *command(RESUMED, f"{dying} is killed"))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and done.stderr.count("Traceback") == 1, done.stderr
     assert len(errors) == 1 and "another process of this run ended" in errors[0] and "--resume" in errors[0]
+
+
+def test_who_has_lost_another_tells_before_torchrun_ends_it(one_of_two):
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert distributed.may_tell(lost=True) and signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("heeding_ctrl_c")
+def test_what_torchrun_passes_on_once_more_does_not_break_into_the_end_of_a_run(one_of_two):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with deferred_interrupt() as pressed:
+            signal.raise_signal(signal.SIGINT)
+            assert pressed()
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        pytest.fail("it did")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("together", [True, False])

@@ -53,7 +53,7 @@ def share_cores(count: int) -> ThreadPoolExecutor:
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Ctrl-C does not break into what runs inside: the function given says whether it was pressed. Twice does, but not
-    under torchrun, which sends its processes once more what they have all heard themselves."""
+    under torchrun, which sends its processes once more, at any time, what they have all heard themselves."""
     pressed = []
 
     def note(*_: object) -> None:
@@ -73,7 +73,8 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(pressed)
     finally:
-        signal.signal(signal.SIGINT, before)
+        once_more = pressed and processes() > 1  # it must not break into the end of the run either
+        signal.signal(signal.SIGINT, signal.SIG_IGN if once_more else before)
 
 
 def keep_freed_memory() -> None:
