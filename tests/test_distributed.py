@@ -70,7 +70,7 @@ import os, signal, sys, torch
 import train
 from nanollava.train import distributed, loop
 if distributed.rank() != DYING:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun may look before this one has met the loss
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun may look before it has met the loss
 update = loop.Run.update
 def dies(self, batches):
     if self.step == 3 and distributed.rank() == DYING:
@@ -353,7 +353,7 @@ def test_who_has_lost_another_tells_before_torchrun_ends_it(one_of_two):
 
 
 @pytest.mark.usefixtures("heeding_ctrl_c")
-def test_what_torchrun_passes_on_once_more_does_not_break_into_the_end_of_a_run(one_of_two):
+def test_what_a_launcher_passes_on_once_more_does_not_break_into_the_end_of_a_run(one_of_two):
     before = signal.getsignal(signal.SIGINT)
     try:
         with deferred_interrupt() as pressed:
@@ -401,7 +401,7 @@ def test_a_frozen_base_in_bfloat16_is_shared_beside_float32_adapters(place, comm
 
 @pytest.mark.usefixtures("heeding_ctrl_c")
 def test_ctrl_c_saves_once_and_is_resumed(command, place):
-    """Pressed at a terminal it reaches torchrun and all its processes, and torchrun passes it on once more."""
+    """Pressed at a terminal it reaches torchrun, which passes it on."""
     words = command((2, TALKS, "--steps", 10_000, "--batch-size", 3, "--save-every", 0, *SHORT), "pressed")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(

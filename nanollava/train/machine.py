@@ -53,7 +53,7 @@ def share_cores(count: int) -> ThreadPoolExecutor:
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Ctrl-C does not break into what runs inside: the function given says whether it was pressed. Twice does, but not
-    under torchrun, which sends its processes once more, at any time, what they have all heard themselves."""
+    among several processes: a launcher may pass on, at any time, what they have heard themselves."""
     pressed = []
 
     def note(*_: object) -> None:
