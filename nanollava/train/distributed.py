@@ -119,7 +119,7 @@ def leave() -> None:
 def end(status: int) -> NoReturn:
     """End this process, under torchrun without tearing PyTorch down: on a busy machine threads of gloo that outlive
     their group now and then abort a process there, after all was saved, and torchrun takes the run for failed."""
-    if "WORLD_SIZE" in os.environ:
+    if "WORLD_SIZE" in os.environ:  # also where processes() could not read it
         atexit.register(end_at_once, status)
     sys.exit(status)
 
