@@ -17,7 +17,6 @@ of them; ``local``: this process's share.
 Weights, gradients and states travel by nccl on CUDA and by gloo on a CPU, the few numbers of a step always by gloo.
 """
 
-import atexit
 import os
 import signal
 import sys
@@ -120,14 +119,10 @@ def end(status: int) -> NoReturn:
     """End this process, under torchrun without tearing PyTorch down: on a busy machine threads of gloo that outlive
     their group now and then abort a process there, after all was saved, and torchrun takes the run for failed."""
     if "WORLD_SIZE" in os.environ:  # also where processes() could not read it
-        atexit.register(end_at_once, status)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
-
-
-def end_at_once(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def may_tell(lost: bool = False) -> bool:
